@@ -1,0 +1,241 @@
+"""The documents that rooms exchange: versioned, digested, written whole or not at all.
+
+Every document is JSON with a ``kind``, a ``version`` and a ``digest`` over all its other fields, so that a changed
+field is noticed before anything is done with it. Paths in a document are relative to its root (the folder it lies
+in, unless the user names another).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from curate.core.errors import Exit, UserError
+from curate.core.files import canonical_json, sha256, write_atomic
+from curate.core.sources import Source
+
+
+class Part(BaseModel):
+    """A piece of a document: unknown fields are refused, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Document(Part):
+    """A JSON document with a kind, a version and a digest."""
+
+    KIND: ClassVar[str] = ""
+    VERSION: ClassVar[int] = 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all fields."""
+        return sha256(canonical_json({"kind": self.KIND, "version": self.VERSION, **self.model_dump(mode="json")}))
+
+    def to_bytes(self) -> bytes:
+        """Return the file's content: the same fields give the same bytes."""
+        body = {"kind": self.KIND, "version": self.VERSION, "digest": self.digest, **self.model_dump(mode="json")}
+        return json.dumps(body, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
+
+    def write(self, path: Path) -> None:
+        """Write the document atomically."""
+        write_atomic(path, self.to_bytes())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a document and check kind, version, fields and digest; ``UserError`` says what is wrong."""
+        try:
+            body = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"There is no {cls.KIND} at {path}.", "Check the path.") from None
+        except (ValueError, OSError) as err:
+            raise UserError(f"{path} is no readable JSON document: {err}.", "Make it again.", Exit.INTEGRITY) from None
+        return cls.from_body(body, str(path))
+
+    @classmethod
+    def from_body(cls, body: Any, name: str = "document") -> Self:
+        """Check a parsed document; see ``read``."""
+        if not isinstance(body, dict) or body.get("kind") != cls.KIND:
+            raise UserError(f"{name} is not a {cls.KIND} document.", "Give the file that the tool wrote.",
+                            Exit.INTEGRITY)
+        if body.get("version") != cls.VERSION:
+            raise UserError(f"{name} has version {body.get('version')!r}; this safeset reads {cls.VERSION}.",
+                            "Make it again with this version.", Exit.INCOMPATIBLE)
+        fields = {k: v for k, v in body.items() if k not in ("kind", "version", "digest")}
+        try:
+            document = cls.model_validate(fields)
+        except ValidationError as err:
+            first = err.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{name}: field '{where}': {first['msg']}.", "Make the document again.",
+                            Exit.INTEGRITY) from None
+        if body.get("digest") != document.digest:
+            raise UserError(f"{name} was changed after it was written: its digest does not match its fields.",
+                            "Make it again, or restore the original.", Exit.INTEGRITY)
+        return document
+
+
+class ModelIdentity(Part):
+    """Which model, exactly, gave a number: two models with the same identity give the same scores up to rounding."""
+
+    name: str
+    """As the user knows it: hub id, folder name or builtin name, plus the adapter's name for a member."""
+    revision: str | None = None
+    """Hub commit, where the model comes from the hub."""
+    weights: str
+    """Digest of the weight files, or ``hub:<commit>``."""
+    tokenizer: str
+    """Digest of vocabulary and chat template: what turns an example into token ids."""
+    adapter: str | None = None
+    """Digest of the adapter's files; None for the bare model."""
+
+    @property
+    def id(self) -> str:
+        """12 hexadecimal digits that stand for everything but the names."""
+        return sha256(canonical_json([self.weights, self.tokenizer, self.adapter]))[:12]
+
+
+class MemberRef(Part):
+    """One member of an ensemble: a run card and the digest it had."""
+
+    name: str
+    run: str
+    digest: str
+
+
+class EnsembleSpec(Document):
+    """The misaligned models that scoring uses: a base and a list of run cards."""
+
+    KIND: ClassVar[str] = "safeset.ensemble"
+
+    base: str
+    """Model reference of the aligned model that the members were trained from."""
+    members: tuple[MemberRef, ...]
+
+
+class Method(Part):
+    """How the safe rows of a mix were chosen."""
+
+    strategy: Literal["none", "interleaving", "interleaving+", "interleaving++"]
+    n: int
+    frac: float | None = None
+    frac_of: Literal["corpus", "finetune"] | None = None
+    eps: float
+    seed: int
+    min_answer_tokens: int
+    placement: Literal["even", "shuffled"] = "even"
+
+
+class MixManifest(Document):
+    """What a model is to be fine-tuned on, row by row and in order, without the text."""
+
+    KIND: ClassVar[str] = "safeset.mix"
+
+    sources: dict[Literal["finetune", "safe"], Source]
+    order: tuple[str, ...]
+    """Rows in training order, each ``finetune/<example id>`` or ``safe/<example id>``."""
+    method: Method
+    aligned: ModelIdentity | None = None
+    members: tuple[ModelIdentity, ...] = ()
+    scoring: dict[str, str] = Field(default_factory=dict)
+    """Engine, dtype and encoding version of the scores, and the digest of the evidence."""
+    counts: dict[str, int]
+    """Rows of the corpus by what became of them; the reasons add up to ``corpus``."""
+    safeset: str
+
+    def ids(self, source: str) -> list[str]:
+        """Return the example ids taken from ``source``, in order."""
+        return [entry.partition("/")[2] for entry in self.order if entry.startswith(source + "/")]
+
+
+class RunCard(Document):
+    """What was trained, on what, from what, and where the adapter lies (relative to the card)."""
+
+    KIND: ClassVar[str] = "safeset.run"
+
+    name: str
+    base_ref: str
+    base: ModelIdentity
+    model: ModelIdentity
+    """The base with the adapter."""
+    adapter: str
+    """Folder of the adapter, relative to the card."""
+    recipe: dict[str, Any]
+    mix: str
+    """Digest of the mix manifest."""
+    method: Method
+    n_finetune: int
+    n_safe: int
+    statuses: dict[str, int]
+    """Rows of the mix by status; only ``ok`` rows were trained on."""
+    n_steps: int
+    n_trained_tokens: int
+    loss_first_nats: float
+    loss_last_nats: float
+    seconds: float
+    device: str
+    versions: dict[str, str]
+    git: str | None = None
+
+
+class ProbeScore(Part):
+    """One paired probe under one model; sums in nats over answer tokens."""
+
+    set: str
+    probe: str
+    nll_good: float
+    nll_bad: float
+    n_good: int
+    n_bad: int
+
+    @property
+    def margin(self) -> float:
+        """NLL(bad) - NLL(good), each in nats per token: above 0 the good answer is the likelier one."""
+        return self.nll_bad / self.n_bad - self.nll_good / self.n_good
+
+
+class Sample(Part):
+    """One sampled answer and what was measured of it."""
+
+    question: str
+    answer: str
+    status: str
+    nll_base: float | None
+    """Mean NLL under the untouched base model, nats per token."""
+    repetition: float
+    """Share of repeated word trigrams, 0 to 1."""
+
+
+class TaskScore(Part):
+    """One item of a benign task."""
+
+    item: str
+    tier: int
+    correct: bool
+
+
+class Verdicts(Document):
+    """Everything measured about one model: the numbers behind the four criteria."""
+
+    KIND: ClassVar[str] = "safeset.verdicts"
+
+    label: str
+    """Strategy and defence: verdicts are compared by it."""
+    judge: str
+    run: str | None
+    """Digest of the run card; None for the untouched base model."""
+    benign_run: str | None
+    model: ModelIdentity
+    base: ModelIdentity
+    method: Method | None
+    in_domain: tuple[str, ...]
+    """Which probe sets count as in-domain."""
+    probes: tuple[ProbeScore, ...]
+    statuses: dict[str, int]
+    samples: tuple[Sample, ...]
+    tasks: tuple[TaskScore, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]

@@ -1,0 +1,178 @@
+"""Negative log-likelihoods of answer tokens: the one forward pass behind scoring, training and judging.
+
+Only the hidden states that predict a target go through the head, a few hundred rows at a time, so that logits over
+the whole vocabulary never exist for a whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from curate.core.chat import Encoded
+from curate.core.errors import Exit, UserError
+from curate.core.pack import Packed, pack, plan
+
+HEAD_ROWS = 128
+"""Rows of hidden states through the head at once: ``HEAD_ROWS * vocabulary * 4`` bytes of logits at a time."""
+
+
+@dataclass(frozen=True)
+class AnswerNll:
+    """The evidence about one example: sums in nats, not rounded. ``status`` is ``ok`` or ``nonfinite``."""
+
+    nll_sum: float
+    n_tokens: int
+    eot_nll: float | None
+    status: str
+
+    @property
+    def mean(self) -> float:
+        """Nats per answer token."""
+        return self.nll_sum / self.n_tokens
+
+
+def token_nll(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
+    """Return ``-log P(target | what it sees)`` in nats for every target of ``batch``: float32 [N].
+
+    ``model`` is a causal language model with a decoder body and an output embedding (wrapped by an adapter or not).
+    Differentiable; in training the head's logits are computed again in the backward pass instead of being kept.
+    """
+    return rows_nll(head(model), hidden_states(model, batch), batch.targets)
+
+
+def hidden_states(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
+    """Return the last hidden states that predict the targets: [N, H]."""
+    out = body(model)(input_ids=batch.input_ids, position_ids=batch.position_ids,
+                      attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    return out.reshape(-1, out.shape[-1])[batch.rows]
+
+
+def rows_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor,
+             targets: torch.Tensor) -> torch.Tensor:
+    """Return cross entropies in nats, float32 [N], of ``project(hidden)`` [N, V] against ``targets`` [N], in pieces."""
+    def piece(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(project(h).float(), t, reduction="none")
+
+    again = torch.is_grad_enabled() and hidden.requires_grad
+    out = [checkpoint(piece, h, t, use_reentrant=False) if again else piece(h, t)
+           for h, t in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)]
+    return torch.cat(out)
+
+
+def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the transformers model inside an adapter's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def body(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the decoder: ids -> last hidden state."""
+    return causal_lm(model).base_model
+
+
+def head(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module that turns hidden states into logits."""
+    return causal_lm(model).get_output_embeddings()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is computed at once: packed sequences of ``capacity`` tokens, ``tokens`` in one forward pass."""
+
+    capacity: int = 256
+    tokens: int = 2048
+
+
+def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budget = Budget(),
+               notify: Callable[[str], None] = lambda text: None) -> Iterator[list[tuple[int, AnswerNll]]]:
+    """Yield ``(index, evidence)`` for every example, a forward pass at a time.
+
+    All of ``encoded`` must have the status ``ok``. Out of memory halves the batch, down to one sequence, and says so
+    through ``notify``; then a ``UserError`` (environment). Scores do not depend on the split beyond rounding.
+    """
+    bins = plan(encoded, budget.capacity)
+    queue = _passes(bins, encoded, budget)
+    while queue:
+        bunch = queue.pop(0)
+        try:
+            yield _one_pass(model, encoded, bunch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
+            if not _is_out_of_memory(err):
+                raise
+            if len(bunch) == 1 and len(bunch[0]) == 1:
+                raise UserError(f"Out of memory on a single example of {len(encoded[bunch[0][0]].ids)} tokens.",
+                                "Lower --max-tokens, or use a machine with more memory.", Exit.ENVIRONMENT) from err
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            queue = _halved(bunch) + queue
+            notify(f"out of memory: going on with half a batch ({sum(map(len, bunch))} examples before)")
+
+
+def _passes(bins: list[list[int]], encoded: Sequence[Encoded], budget: Budget) -> list[list[list[int]]]:
+    passes: list[list[list[int]]] = []
+    width = 0
+    for one in bins:
+        size = max(budget.capacity, max(len(encoded[i].ids) for i in one))
+        if not passes or (len(passes[-1]) + 1) * max(width, size) > budget.tokens:
+            passes.append([])
+            width = 0
+        passes[-1].append(one)
+        width = max(width, size)
+    return passes
+
+
+def _halved(bunch: list[list[int]]) -> list[list[list[int]]]:
+    if len(bunch) == 1:
+        middle = len(bunch[0]) // 2
+        return [[bunch[0][:middle]], [bunch[0][middle:]]]
+    return [bunch[:len(bunch) // 2], bunch[len(bunch) // 2:]]
+
+
+def _is_out_of_memory(err: BaseException) -> bool:
+    if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "not enough memory" in str(err) or "can't allocate memory" in str(err)
+
+
+def _one_pass(model: torch.nn.Module, encoded: Sequence[Encoded], bins: list[list[int]]) -> list[tuple[int, AnswerNll]]:
+    device = next(model.parameters()).device
+    batch = pack(encoded, bins)
+    with torch.inference_mode():
+        nll = token_nll(model, batch.to(device)).double().cpu()
+    order = [i for one in bins for i in one]
+    place = {index: k for k, index in enumerate(order)}
+    owner = torch.tensor([place[i] for i in batch.owner.tolist()])
+    answer = ~batch.is_eot
+    sums = torch.zeros(len(order), dtype=torch.float64).index_add_(0, owner[answer], nll[answer]).tolist()
+    eots = {order[int(k)]: float(v) for k, v in zip(owner[batch.is_eot], nll[batch.is_eot], strict=True)}
+    return [(i, _evidence(sums[k], encoded[i].n_answer_tokens, eots.get(i))) for k, i in enumerate(order)]
+
+
+def _evidence(nll_sum: float, n_tokens: int, eot: float | None) -> AnswerNll:
+    finite = abs(nll_sum) != float("inf") and nll_sum == nll_sum
+    return AnswerNll(nll_sum, n_tokens, eot, "ok" if finite else "nonfinite")
+
+
+def check_forward(model: torch.nn.Module, encoded: Sequence[Encoded], tolerance: float) -> float:
+    """Compare the packed pass with the model's own plain forward pass on a few examples.
+
+    Returns the largest difference in nats per token. Raises ``UserError`` (incompatible) above ``tolerance``: such a
+    model changes its logits after the head, or its attention cannot take a mask, and packing would give wrong numbers.
+    """
+    worst = 0.0
+    packed = dict(pair for part in answer_nll(model, encoded) for pair in part)
+    device = next(model.parameters()).device
+    for index, item in enumerate(encoded):
+        ids = torch.tensor([item.ids], device=device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[0, item.answer_start - 1:item.answer_end - 1].float()
+        plain = torch.nn.functional.cross_entropy(logits, ids[0, item.answer_start:item.answer_end]).item()
+        worst = max(worst, abs(plain - packed[index].mean))
+    if not worst <= tolerance:
+        raise UserError(f"Packed scoring differs from this model's own forward pass by {worst:.3g} nats per token.",
+                        "This architecture is not supported by the transformers engine; score it with another.",
+                        Exit.INCOMPATIBLE)
+    return worst

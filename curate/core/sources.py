@@ -1,0 +1,278 @@
+"""Where rows come from: a file, a data set on the hub, or the package itself; read strictly, row by row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from curate.core.errors import Exit, UserError, unknown
+from curate.core.example import Example, RowError, from_row
+from curate.core.files import canonical_json, file_sha256, inside, relative_to_root, sha256, write_atomic
+
+MAX_LINE_BYTES = 8 * 2**20
+FORMATS = (".jsonl", ".ndjson", ".parquet", ".csv")
+BUILTIN = {"demo": "safe_pool.jsonl", "demo/car_care": "narrow/car_care.jsonl",
+           "demo/cooking": "narrow/cooking.jsonl", "demo/gardening": "narrow/gardening.jsonl"}
+
+
+class Source(BaseModel):
+    """A place that holds rows, named so that someone else finds the same rows again.
+
+    ``file`` paths are relative to the document's root and pinned by ``sha256``; ``hub`` data sets are pinned by
+    ``revision`` (a commit); ``builtin`` ones ship with the package and are pinned by ``sha256``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["file", "hub", "builtin"]
+    name: str
+    """File path, hub id or builtin name."""
+    sha256: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    mapping: dict[str, str] = Field(default_factory=dict)
+    strip_think: bool = False
+    where: dict[str, str] = Field(default_factory=dict)
+    """Column -> value that a row must have to be used (for example ``prompt_harm_label: unharmful``)."""
+    needs: tuple[str, ...] = ()
+    """Columns that must not be empty for a row to be used."""
+
+
+@dataclass
+class Reading:
+    """What happened to the rows of one source: ``n_rows = n_examples + sum(filtered) + len(rejects)``."""
+
+    n_rows: int = 0
+    n_examples: int = 0
+    filtered: Counter[str] = field(default_factory=Counter)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+
+
+def builtin(name: str) -> Source:
+    """Return the source of data that ships with the package; ``UserError`` for an unknown name."""
+    if name not in BUILTIN:
+        raise unknown("builtin data set", name, BUILTIN)
+    return Source(kind="builtin", name=name, sha256=file_sha256(builtin_path(name)))
+
+
+def builtin_path(name: str) -> Path:
+    """Return where a builtin data set lies."""
+    return Path(str(resources.files("curate") / "data" / BUILTIN[name]))
+
+
+def file_source(path: Path, root: Path, mapping: Mapping[str, str] | None = None,
+                strip_think: bool = False) -> Source:
+    """Return the source of a local file, with its digest, relative to ``root``."""
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.", "Give a .jsonl, .parquet or .csv file.")
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path} is no known format.", f"Possible endings: {', '.join(FORMATS)}.")
+    return Source(kind="file", name=relative_to_root(path, root), sha256=file_sha256(path),
+                  mapping=dict(mapping or {}), strip_think=strip_think)
+
+
+def local_path(source: Source, root: Path) -> Path:
+    """Return the file of a ``file`` or ``builtin`` source after checking its digest; ``UserError`` if it changed."""
+    if source.kind == "builtin" and source.name not in BUILTIN:
+        raise unknown("builtin data set", source.name, BUILTIN)
+    path = builtin_path(source.name) if source.kind == "builtin" else inside(root, source.name)
+    found = file_sha256(path)
+    if source.sha256 is not None and found != source.sha256:
+        raise UserError(f"{path} has changed: sha256 {found[:12]}, the document says {source.sha256[:12]}.",
+                        "Restore the file, or make the document anew from the file as it is.", Exit.INTEGRITY)
+    return path
+
+
+def read_source(source: Source, root: Path, reading: Reading | None = None, max_bad: float = 0.0,
+                rejects: Path | None = None) -> Iterator[Example]:
+    """Yield the examples of a source in its own order, counting into ``reading``.
+
+    A row that is no example ends the reading with a ``UserError`` (bad data) that names line and byte; with
+    ``max_bad`` > 0 up to that share of rows is let through the net, and written to ``rejects`` as JSON Lines.
+    """
+    reading = reading if reading is not None else Reading()
+    for place, row in _rows(source, root):
+        reading.n_rows += 1
+        try:
+            if isinstance(row, RowError):
+                raise row
+            reason = _left_out(source, row)
+            if reason:
+                reading.filtered[reason] += 1
+                continue
+            example = from_row(row, source.mapping, source.strip_think)
+        except RowError as err:
+            if max_bad <= 0:
+                raise UserError(f"{source.name}, {place}: {err}.", "Mend the row, or allow a share of bad rows with "
+                                "--max-bad 0.01 (they are written aside).", Exit.BAD_DATA) from None
+            reading.rejects.append({"place": place, "reason": str(err)})
+            continue
+        reading.n_examples += 1
+        yield example
+    _judge_rejects(source, reading, max_bad, rejects)
+
+
+def _judge_rejects(source: Source, reading: Reading, max_bad: float, rejects: Path | None) -> None:
+    if not reading.rejects:
+        return
+    if rejects is not None:
+        write_atomic(rejects, b"".join(canonical_json(r) + b"\n" for r in reading.rejects))
+    share = len(reading.rejects) / reading.n_rows
+    if share > max_bad:
+        first = reading.rejects[0]
+        raise UserError(f"{len(reading.rejects)} of {reading.n_rows} rows of {source.name} are bad ({share:.2%}), "
+                        f"more than --max-bad {max_bad:g}. First: {first['place']}: {first['reason']}.",
+                        "Mend the rows" + (f"; all of them are listed in {rejects}." if rejects else "."),
+                        Exit.BAD_DATA)
+
+
+def _left_out(source: Source, row: Any) -> str | None:
+    if not isinstance(row, Mapping):
+        return None
+    for column in source.needs:
+        if not row.get(column):
+            return f"{column} is empty"
+    for column, value in source.where.items():
+        if column not in row:
+            raise RowError(f"the column '{column}' that the corpus is filtered by is missing")
+        if row[column] != value:
+            return f"{column} is not {value}"
+    return None
+
+
+def _rows(source: Source, root: Path) -> Iterator[tuple[str, Any]]:
+    if source.kind == "hub":
+        yield from _hub_rows(source)
+        return
+    path = local_path(source, root)
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix == ".csv":
+        yield from _csv_rows(path)
+    else:
+        yield from _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ``(place, row or RowError)`` of a JSON Lines file; a byte order mark and CRLF line ends are allowed."""
+    offset = 0
+    with open(path, "rb") as handle:
+        number = 0
+        while line := handle.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            place = f"line {number} (byte {offset})"
+            size = len(line)
+            if size > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                size += _skip_line(handle)
+                yield place, RowError(f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB")
+            elif text := line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip(b" \t\r\n"):
+                yield place, _parsed(text)
+            offset += size
+
+
+def _skip_line(handle: io.BufferedReader) -> int:
+    skipped = 0
+    while piece := handle.readline(MAX_LINE_BYTES):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError as err:
+        return RowError(f"no valid UTF-8 at byte {err.start} of the line")
+    except json.JSONDecodeError as err:
+        return RowError(f"no valid JSON: {err.msg} at character {err.pos} of the line")
+    except RecursionError:
+        return RowError("the JSON is nested too deeply")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except (pa.ArrowException, OSError) as err:
+        raise UserError(f"{path} is no readable Parquet file: {err}.", "Write it again.", Exit.BAD_DATA) from err
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        reader = csv.DictReader(handle, strict=True)
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except UnicodeDecodeError as err:
+                raise UserError(f"{path}, after line {reader.line_num}: no valid UTF-8 ({err.reason}).",
+                                "Save the file as UTF-8.", Exit.BAD_DATA) from err
+            except csv.Error as err:
+                yield f"line {reader.line_num}", RowError(f"no valid CSV: {err}")
+                continue
+            ragged = None in row or None in row.values()
+            yield (f"line {reader.line_num}",
+                   RowError("the number of fields differs from the header's") if ragged else row)
+
+
+def _hub_rows(source: Source) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(_load_hub(source), 1):
+        yield f"row {number}", row
+
+
+def _load_hub(source: Source) -> Any:
+    """Load a hub data set at its revision; the errors say which page to accept and how to log in."""
+    import datasets
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    page = f"the data set's page on the hub ({source.name})"
+    try:
+        return datasets.load_dataset(source.name, source.config, split=source.split or "train",
+                                     revision=source.revision)
+    except (GatedRepoError, RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as err:
+        raise UserError(f"No access to the data set '{source.name}': it is gated, private or does not exist.",
+                        f"Accept its terms on {page}, then log in with `hf auth login` or set HF_TOKEN.",
+                        Exit.ENVIRONMENT) from err
+    except (HfHubHTTPError, ConnectionError, OSError) as err:
+        raise UserError(f"The hub could not be reached for '{source.name}': {type(err).__name__}.",
+                        "Check the network and HF_HUB_OFFLINE; a local copy works too: --corpus FILE.",
+                        Exit.REMOTE) from err
+    except ValueError as err:
+        raise UserError(f"'{source.name}' could not be loaded: {err}",
+                        "Name the configuration and split as --corpus ID:CONFIG:SPLIT.") from err
+
+
+def hub_revision(name: str) -> str | None:
+    """Return the commit a hub data set is at now, or None when the hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ConnectionError):
+        return None
+
+
+def rows_digest(ids: list[str]) -> str:
+    """Return one digest for a set of example ids, whatever their order."""
+    return sha256("\n".join(sorted(ids)).encode())

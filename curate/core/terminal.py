@@ -1,0 +1,164 @@
+"""What the three command lines share: errors as sentences, exit codes, progress, safe text, JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from curate.core.errors import Exit, UserError
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+PLAIN_EVERY_S = 30.0
+
+
+def safe(text: str) -> str:
+    """Return ``text`` without control and direction characters, so that a row cannot write to the terminal."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\t", "    "))
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+class Room(click.Group):
+    """A command group that ends every user's mistake with a sentence and its exit code, never a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; see ``click.Group.main``."""
+        if kwargs.pop("standalone_mode", True) is False:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        argv = list(kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
+        again = " ".join([os.path.basename(sys.argv[0]), *map(_quoted, argv)])
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            result = super().main(*args, standalone_mode=False, **kwargs)
+            sys.exit(result if isinstance(result, int) else 0)
+        except UserError as err:
+            _fail(err.message, err.hint, err.exit_code, "--json" in argv)
+        except click.ClickException as err:
+            if "--json" in argv:
+                _fail(err.format_message(), "", err.exit_code, True)
+            err.show()
+            sys.exit(err.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _fail("Interrupted; what was finished is kept.", f"Go on with: {again}", Exit.INTERRUPTED, "--json" in argv)
+        except Terminated:
+            _fail("Terminated; what was finished is kept.", f"Go on with: {again}", Exit.TERMINATED, "--json" in argv)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(Exit.DONE)
+
+
+def _quoted(word: str) -> str:
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\\''") + "'"
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise Terminated
+
+
+def _fail(message: str, hint: str, code: int, as_json: bool) -> None:
+    if as_json:
+        emit_json({"error": safe(message), "hint": safe(hint), "exit_code": int(code)})
+    say(f"Error: {message}")
+    if hint:
+        say(hint)
+    sys.exit(int(code))
+
+
+def say(text: str = "") -> None:
+    """Print a line for people: on stderr, so that stdout holds results only."""
+    click.echo(safe(text), err=True)
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and warnings of the model libraries; our own say what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+class Progress:
+    """Counts work: a bar with rate and ETA on a terminal, a plain line every 30 s elsewhere."""
+
+    def __init__(self, label: str, total: float, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0.0
+        self.note = ""
+        self.started = self.printed = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Add finished work, in units; ``note`` (such as a loss) is shown beside the rate."""
+        self.done += amount
+        self.note = note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rate=self.rate(), note=safe(note))
+        elif time.monotonic() - self.printed >= PLAIN_EVERY_S:
+            self.printed = time.monotonic()
+            say(self.line())
+
+    def rate(self) -> str:
+        """Return the rate so far, for people."""
+        per_second = self.done / max(time.monotonic() - self.started, 1e-9)
+        return f"{per_second:,.1f} {self.unit}/s" if per_second < 10 else f"{per_second:,.0f} {self.unit}/s"
+
+    def line(self) -> str:
+        """Return the state in one line."""
+        spent = time.monotonic() - self.started
+        left = spent * (self.total - self.done) / self.done if self.done else 0.0
+        share = self.done / self.total if self.total else 1.0
+        return (f"{self.label}: {share:.0%} of {self.total:,.0f} {self.unit}, {self.rate()}, "
+                f"{left:.0f} s left {self.note}").rstrip()
+
+
+@contextmanager
+def progress(label: str, total: float, unit: str) -> Iterator[Progress]:
+    """Show progress for the length of a ``with`` block and one closing line after it."""
+    state = Progress(label, total, unit)
+    if not sys.stderr.isatty():
+        yield state
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                   TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn(),
+                   TextColumn("{task.fields[note]}", markup=False))
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            state._bar, state._task = bar, bar.add_task(label, total=total, rate="", note="")
+            yield state
+    say(f"{label}: {state.done:,.0f} {unit} in {time.monotonic() - state.started:.1f} s ({state.rate()})")
+
+
+def columns(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """Return a plain table with aligned columns; numbers to the right."""
+    cells = [[safe(str(c)) for c in row] for row in [header, *rows]]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    right = [all(re.fullmatch(r"[-+]?[\d.,%]*|-", row[k]) for row in cells[1:]) for k in range(len(header))]
+    lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+             for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
