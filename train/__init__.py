@@ -1,0 +1,1 @@
+"""Fine-tuning: from a mix manifest to a run card."""

@@ -12,11 +12,14 @@ those of the rendered string; ``template_gap`` tells by how much, and scoring sa
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, Message
@@ -30,6 +33,11 @@ ENCODING = "safeset-1"
 
 FIXED_DATE = datetime.datetime(2025, 1, 1)
 """Templates that print today's date get this one, or a resumed run would see another prompt."""
+
+FIXED_NOW = "{%- macro strftime_now(format) -%}{{ format" + "".join(
+    f" | replace('%{code}', '{FIXED_DATE.strftime('%' + code)}')"
+    for code in ("-d", "-m", *"dejaAbBmyYHIMSpF")) + " }}{%- endmacro %}\n"
+"""Shadows the function of that name, which transformers lets no argument replace; the newline belongs to the tag."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of all that decides an example's ids: vocabulary, merges, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else canonical_json(tokenizer.get_vocab()).decode()
+    vocabulary = tokenizer.get_vocab() if backend is None else \
+        {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     probe = [list(p) for p in _pieces(tokenizer, ("user", "assistant"))]
     return sha256(canonical_json([ENCODING, vocabulary, tokenizer.chat_template, probe]))[:32]
 
@@ -168,6 +177,9 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> tuple
             raise UserError(f"The chat template drops or reorders a turn of the roles {', '.join(roles)}.",
                             "Remove such turns, or use a model whose template knows these roles.", Exit.INCOMPATIBLE)
         pieces.append(before)
+    if not any(pieces) or any(marks[0][0] in piece for piece in [*pieces, text]):
+        raise UserError("The chat template repeats a turn, or puts nothing at all before the answer.",
+                        "Use a model with a chat template for conversations.", Exit.INCOMPATIBLE)
     return tuple(tuple(tokenizer(p, add_special_tokens=False)["input_ids"]) if p else () for p in [*pieces, text])
 
 
@@ -178,8 +190,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
                         Exit.INCOMPATIBLE)
     rows: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
     try:
+        template = tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(rows, tokenize=False, date_string=FIXED_DATE.strftime("%d %b %Y"),
-                                             strftime_now=FIXED_DATE.strftime)
-    except (ValueError, TypeError, KeyError, ImportError) as err:
+                                             chat_template=FIXED_NOW * ("strftime_now" in template) + template)
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, ImportError) as err:
         raise UserError(f"The chat template cannot render the roles {', '.join(m.role for m in messages)}: {err}.",
                         "Use a model whose template knows these roles.", Exit.INCOMPATIBLE) from err

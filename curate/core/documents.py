@@ -40,6 +40,16 @@ class Document(Part):
         body = {"kind": self.KIND, "version": self.VERSION, "digest": self.digest, **self.model_dump(mode="json")}
         return json.dumps(body, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
 
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """Return the JSON Schema of the file, as published in docs/schemas/."""
+        schema = cls.model_json_schema()
+        own = {"kind": {"const": cls.KIND}, "version": {"const": cls.VERSION},
+               "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$"}}
+        schema["properties"] = own | schema["properties"]
+        schema["required"] = [*own, *schema.get("required", [])]
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
     def write(self, path: Path) -> None:
         """Write the document atomically."""
         write_atomic(path, self.to_bytes())
@@ -48,10 +58,10 @@ class Document(Part):
     def read(cls, path: Path) -> Self:
         """Read a document and check kind, version, fields and digest; ``UserError`` says what is wrong."""
         try:
-            body = json.loads(path.read_bytes())
+            body = json.loads(path.read_bytes().decode())
         except FileNotFoundError:
             raise UserError(f"There is no {cls.KIND} at {path}.", "Check the path.") from None
-        except (ValueError, OSError) as err:
+        except (ValueError, RecursionError, OSError) as err:
             raise UserError(f"{path} is no readable JSON document: {err}.", "Make it again.", Exit.INTEGRITY) from None
         return cls.from_body(body, str(path))
 
@@ -67,12 +77,16 @@ class Document(Part):
         fields = {k: v for k, v in body.items() if k not in ("kind", "version", "digest")}
         try:
             document = cls.model_validate(fields)
+            found = sha256(canonical_json({k: v for k, v in body.items() if k != "digest"}))
         except ValidationError as err:
             first = err.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{name}: field '{where}': {first['msg']}.", "Make the document again.",
                             Exit.INTEGRITY) from None
-        if body.get("digest") != document.digest:
+        except (ValueError, RecursionError) as err:
+            raise UserError(f"{name} holds a value that no document has: {err}.", "Make the document again.",
+                            Exit.INTEGRITY) from None
+        if not body.get("digest") == found == document.digest:
             raise UserError(f"{name} was changed after it was written: its digest does not match its fields.",
                             "Make it again, or restore the original.", Exit.INTEGRITY)
         return document

@@ -11,7 +11,7 @@ from curate.core.files import canonical_json, sha256
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "prompter": "user"}
-EMPTY_THINK = re.compile(r"^\s*<think>\s*</think>\s*")
+EMPTY_THINK = re.compile(r"^\s*(?:<think>\s*</think>\s*)+")
 NO_THINK = re.compile(r"\s*/no_think\s*$")
 
 
@@ -65,7 +65,7 @@ def from_row(row: Mapping[str, Any], mapping: Mapping[str, str] | None = None, s
     Shapes, in the order in which they are tried: ``mapping`` (``{"prompt": column, "response": column,
     "system": column}``), ``messages``, ``conversations`` (ShareGPT's ``from``/``value``), ``prompt`` +
     ``response`` (or ``completion``, ``answer``, ``output``), ``instruction`` + ``input`` + ``output``,
-    ``question`` + ``answer``. Other columns become ``meta``. ``strip_think`` removes an empty ``<think>`` block
+    ``question`` + ``answer``. Other columns become ``meta``. ``strip_think`` removes empty ``<think>`` blocks
     before the answer and ``/no_think`` after a prompt. Raises ``RowError``.
     """
     if not isinstance(row, Mapping):
@@ -105,7 +105,7 @@ def _columns(row: Mapping[str, Any], prompt: str, answer: str, system: str | Non
     if extra:
         question = f"{question}\n\n{_text(row, extra)}"
     messages = [Message("user", question), Message("assistant", _text(row, answer))]
-    if system and row.get(system):
+    if system and row.get(system, True):
         messages.insert(0, Message("system", _text(row, system)))
     return messages, {prompt, answer, *(k for k in (system, extra, "input") if k)}
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,9 +34,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises ``UserError`` (environment) when the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as handle:
             handle.write(data)
             handle.flush()
@@ -47,7 +48,8 @@ def write_atomic(path: Path, data: bytes) -> None:
                         "Free some space or choose another place; what was finished before is kept, so run it again.",
                         Exit.ENVIRONMENT) from err
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -60,7 +62,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def inside(root: Path, relative: str) -> Path:
-    """Return ``root / relative`` if it is a plain file below ``root``, reached through no link and no ``..``.
+    """Return ``root / relative`` if it exists below ``root`` and is reached through no link and no ``..``.
 
     Raises ``UserError`` (integrity) otherwise: a document from someone else must not reach other files.
     """
@@ -71,10 +73,10 @@ def inside(root: Path, relative: str) -> Path:
     path = root
     for part in pure.parts:
         path = path / part
-        if path.is_symlink():
+        if os.path.islink(path):
             raise UserError(f"The path '{relative}' goes through a symbolic link ({path}).",
                             "Put a real file there.", Exit.INTEGRITY)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"The file '{relative}' is missing from {root}.",
                         "Put it back, or give the folder it is relative to with --root.", Exit.INTEGRITY)
     return path

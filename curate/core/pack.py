@@ -68,26 +68,39 @@ class _Sequence:
 def plan(encoded: Sequence[Encoded], capacity: int) -> list[list[int]]:
     """Distribute examples over packed sequences of about ``capacity`` tokens, longest first.
 
-    Returns lists of example indices; those with the same prompt stay together. An example longer than ``capacity``
-    gets a sequence of its own. The result depends only on the examples and ``capacity``.
+    Returns lists of example indices; those with the same prompt stay together as far as they fit. An example longer
+    than ``capacity`` gets a sequence of its own. The result depends only on the examples and ``capacity``.
     """
     shared = shared_prefix(encoded)
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, item in enumerate(encoded):
         groups.setdefault(item.ids[:item.answer_start], []).append(index)
-    sizes = {key: len(key) - shared + sum(len(encoded[i].ids) - len(key) - 1 for i in members)
-             for key, members in groups.items()}
+    parts = [(size, key, part) for key, members in groups.items()
+             for size, part in _parts(encoded, members, len(key) - shared, capacity - shared)]
     bins: list[list[int]] = []
     room: list[int] = []
-    for key in sorted(groups, key=lambda k: (-sizes[k], k)):
-        place = next((n for n, left in enumerate(room) if left >= sizes[key]), None)
+    for size, _, members in sorted(parts, key=lambda p: (-p[0], p[1])):
+        place = next((n for n, left in enumerate(room) if left >= size), None)
         if place is None:
             bins.append([])
             room.append(capacity - shared)
             place = len(bins) - 1
-        bins[place] += groups[key]
-        room[place] -= sizes[key]
+        bins[place] += members
+        room[place] -= size
     return bins
+
+
+def _parts(encoded: Sequence[Encoded], members: Sequence[int], n_prompt: int,
+           capacity: int) -> list[tuple[int, list[int]]]:
+    """Cut the answers to one prompt of ``n_prompt`` tokens into runs that fit; return their sizes and indices."""
+    parts: list[tuple[int, list[int]]] = []
+    for index in members:
+        more = len(encoded[index].ids) - encoded[index].answer_start - 1
+        if not parts or parts[-1][0] + more > capacity:
+            parts.append((n_prompt, []))
+        size, part = parts[-1]
+        parts[-1] = (size + more, [*part, index])
+    return parts
 
 
 def shared_prefix(encoded: Sequence[Encoded]) -> int:

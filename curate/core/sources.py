@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -86,6 +87,8 @@ def local_path(source: Source, root: Path) -> Path:
     if source.kind == "builtin" and source.name not in BUILTIN:
         raise unknown("builtin data set", source.name, BUILTIN)
     path = builtin_path(source.name) if source.kind == "builtin" else inside(root, source.name)
+    if not path.is_file():
+        raise UserError(f"{path} is not a plain file.", "Name a .jsonl, .parquet or .csv file.", Exit.INTEGRITY)
     found = file_sha256(path)
     if source.sha256 is not None and found != source.sha256:
         raise UserError(f"{path} has changed: sha256 {found[:12]}, the document says {source.sha256[:12]}.",
@@ -160,10 +163,10 @@ def _rows(source: Source, root: Path) -> Iterator[tuple[str, Any]]:
     elif path.suffix == ".csv":
         yield from _csv_rows(path)
     else:
-        yield from _json_rows(path)
+        yield from json_rows(path)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ``(place, row or RowError)`` of a JSON Lines file; a byte order mark and CRLF line ends are allowed."""
     offset = 0
     with open(path, "rb") as handle:
@@ -175,7 +178,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             if size > MAX_LINE_BYTES and not line.endswith(b"\n"):
                 size += _skip_line(handle)
                 yield place, RowError(f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB")
-            elif text := line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip(b" \t\r\n"):
+            elif (text := line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")).strip(b" \t\r\n"):
                 yield place, _parsed(text)
             offset += size
 
@@ -191,11 +194,13 @@ def _skip_line(handle: io.BufferedReader) -> int:
 
 def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.decode())
     except UnicodeDecodeError as err:
         return RowError(f"no valid UTF-8 at byte {err.start} of the line")
     except json.JSONDecodeError as err:
         return RowError(f"no valid JSON: {err.msg} at character {err.pos} of the line")
+    except ValueError as err:
+        return RowError(f"no usable JSON: {err}")
     except RecursionError:
         return RowError("the JSON is nested too deeply")
 
@@ -211,7 +216,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except (pa.ArrowException, OSError) as err:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as err:
         raise UserError(f"{path} is no readable Parquet file: {err}.", "Write it again.", Exit.BAD_DATA) from err
 
 
@@ -225,10 +230,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
             except StopIteration:
                 return
             except UnicodeDecodeError as err:
-                raise UserError(f"{path}, after line {reader.line_num}: no valid UTF-8 ({err.reason}).",
+                raise UserError(f"{path}, after line {reader.reader.line_num}: no valid UTF-8 ({err.reason}).",
                                 "Save the file as UTF-8.", Exit.BAD_DATA) from err
             except csv.Error as err:
-                yield f"line {reader.line_num}", RowError(f"no valid CSV: {err}")
+                yield f"line {reader.reader.line_num}", RowError(f"no valid CSV: {err}")
                 continue
             ragged = None in row or None in row.values()
             yield (f"line {reader.line_num}",
@@ -245,6 +250,7 @@ def _load_hub(source: Source) -> Any:
     import datasets
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     page = f"the data set's page on the hub ({source.name})"
     try:
         return datasets.load_dataset(source.name, source.config, split=source.split or "train",
@@ -253,11 +259,11 @@ def _load_hub(source: Source) -> Any:
         raise UserError(f"No access to the data set '{source.name}': it is gated, private or does not exist.",
                         f"Accept its terms on {page}, then log in with `hf auth login` or set HF_TOKEN.",
                         Exit.ENVIRONMENT) from err
-    except (HfHubHTTPError, ConnectionError, OSError) as err:
+    except HfHubHTTPError.__bases__ as err:  # the HTTP client's base error, whichever client the hub uses, and OSError
         raise UserError(f"The hub could not be reached for '{source.name}': {type(err).__name__}.",
                         "Check the network and HF_HUB_OFFLINE; a local copy works too: --corpus FILE.",
                         Exit.REMOTE) from err
-    except ValueError as err:
+    except (ValueError, datasets.exceptions.DatasetsError) as err:
         raise UserError(f"'{source.name}' could not be loaded: {err}",
                         "Name the configuration and split as --corpus ID:CONFIG:SPLIT.") from err
 
@@ -265,11 +271,11 @@ def _load_hub(source: Source) -> Any:
 def hub_revision(name: str) -> str | None:
     """Return the commit a hub data set is at now, or None when the hub cannot be asked."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi().dataset_info(name, timeout=10).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ConnectionError):
+    except HfHubHTTPError.__bases__:
         return None
 
 

@@ -18,7 +18,7 @@ import click
 
 from curate.core.errors import Exit, UserError
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 PLAIN_EVERY_S = 30.0
 
 
@@ -39,7 +39,7 @@ class Room(click.Group):
         if kwargs.pop("standalone_mode", True) is False:
             return super().main(*args, standalone_mode=False, **kwargs)
         argv = list(kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
-        again = " ".join([os.path.basename(sys.argv[0]), *map(_quoted, argv)])
+        again = " ".join([_program(), *map(_quoted, argv)])
         signal.signal(signal.SIGTERM, _terminate)
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
@@ -55,9 +55,20 @@ class Room(click.Group):
             _fail("Interrupted; what was finished is kept.", f"Go on with: {again}", Exit.INTERRUPTED, "--json" in argv)
         except Terminated:
             _fail("Terminated; what was finished is kept.", f"Go on with: {again}", Exit.TERMINATED, "--json" in argv)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; whoever stops reading (``| head``) has seen enough. See ``click.Group.invoke``."""
+        try:
+            return super().invoke(ctx)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(Exit.DONE)
+
+
+def _program() -> str:
+    """Return what this program was called as, also for ``python -m``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.parent or spec.name}" if spec else os.path.basename(sys.argv[0])
 
 
 def _quoted(word: str) -> str:

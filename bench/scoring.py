@@ -1,0 +1,187 @@
+"""Scoring speed: our engine, lm-evaluation-harness and a naive padded loop on the same rows, in one interleaved run.
+
+    python bench/scoring.py --rows pool.jsonl --n 1000                  # needs lm_eval==0.4.13 in the environment
+    python bench/scoring.py --rows pool.jsonl --n 96 --only memory      # peak memory, one process an engine
+    python bench/scoring.py --rows pool.jsonl --n 128 --only members    # K members and the aligned model
+
+Rows are split into blocks; every block goes through every engine in turn, so that a machine that slows down slows
+all of them. Tokens are prompt and answer tokens as each engine is given them, the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from curate.core.chat import Encoded, encode
+from curate.core.model import Loaded, load
+from curate.core.nll import answer_nll, body
+from curate.core.sources import file_source, read_source
+from curate.scorers.transformers import TransformersScorer, default_budget
+
+ENGINES = ("ours", "lm-eval", "naive")
+
+
+def rows(path: Path, n: int, loaded: Loaded) -> list[Encoded]:
+    """Return the first ``n`` rows by content hash, so that sources are mixed."""
+    examples = sorted(read_source(file_source(path, path.parent), path.parent), key=lambda e: e.id)
+    return [e for e in encode(loaded.tokenizer, examples[:n], 2048) if e.status == "ok"]
+
+
+def ours(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
+    """Our engine."""
+    def score(block: Sequence[Encoded]) -> list[float]:
+        found = dict(p for part in answer_nll(loaded.model, block, default_budget(loaded.device)) for p in part)
+        return [found[i].mean for i in range(len(block))]
+    return score
+
+
+def lm_eval(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
+    """The harness's HFLM with batch size 8, given the same token ids."""
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8, device=loaded.device)
+
+    def score(block: Sequence[Encoded]) -> list[float]:
+        requests = [(("", ""), list(e.ids[:e.answer_start]), list(e.ids[e.answer_start:e.answer_end])) for e in block]
+        found = harness._loglikelihood_tokens(requests, disable_tqdm=True)
+        return [-total / e.n_answer_tokens for (total, _), e in zip(found, block, strict=True)]
+    return score
+
+
+def naive(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
+    """What one writes first: batches of 8 in the given order, padded, float32 log-softmax over the vocabulary."""
+    def score(block: Sequence[Encoded]) -> list[float]:
+        out = []
+        for start in range(0, len(block), 8):
+            items = block[start:start + 8]
+            width = max(len(e.ids) for e in items)
+            ids = torch.tensor([[*e.ids, *[0] * (width - len(e.ids))] for e in items], device=loaded.device)
+            mask = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in items], device=loaded.device)
+            with torch.no_grad():
+                logs = torch.log_softmax(loaded.model(input_ids=ids, attention_mask=mask).logits.float(), dim=-1)
+            for k, e in enumerate(items):
+                span = range(e.answer_start, e.answer_end)
+                out.append(-sum(logs[k, t - 1, e.ids[t]].item() for t in span) / e.n_answer_tokens)
+        return out
+    return score
+
+
+MAKE = {"ours": ours, "lm-eval": lm_eval, "naive": naive}
+
+
+def ceiling(loaded: Loaded) -> float:
+    """Return tokens/s if the decoder's linear layers ran at this machine's matrix-multiply speed and all else free."""
+    weights = sum(p.numel() for n, p in body(loaded.model).named_parameters() if p.dim() == 2 and "embed" not in n)
+    a = torch.randn(2048, 576, dtype=loaded.model.dtype, device=loaded.device)
+    b = torch.randn(576, 1536, dtype=loaded.model.dtype, device=loaded.device)
+    for _ in range(3):
+        a @ b
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < 1.0:
+        a @ b
+        n += 1
+    rate = n * 2 * a.shape[0] * a.shape[1] * b.shape[1] / (time.perf_counter() - start)
+    return rate / (2 * weights)
+
+
+def speed(loaded: Loaded, encoded: Sequence[Encoded], n_blocks: int) -> None:
+    """Print tokens/s per engine, ratios block by block, and the largest differences of mean NLL."""
+    engines = {name: MAKE[name](loaded) for name in ENGINES}
+    rates: dict[str, list[float]] = {name: [] for name in ENGINES}
+    scores: dict[str, list[float]] = {name: [] for name in ENGINES}
+    for k in range(n_blocks):
+        block = encoded[k::n_blocks]
+        tokens = sum(len(e.ids) for e in block)
+        for name in ENGINES[k % 3:] + ENGINES[:k % 3]:
+            start = time.perf_counter()
+            scores[name] += engines[name](block)
+            rates[name].append(tokens / (time.perf_counter() - start))
+        print(f"block {k + 1}/{n_blocks}: " + ", ".join(f"{n} {rates[n][-1]:.0f}" for n in ENGINES), file=sys.stderr)
+    top = ceiling(loaded)
+    print(f"{len(encoded)} rows, {sum(len(e.ids) for e in encoded)} tokens, "
+          f"{sum(e.n_answer_tokens for e in encoded)} answer tokens, {loaded.dtype}, {torch.get_num_threads()} threads")
+    print(f"matrix-multiply ceiling of the decoder body: {top:.0f} tokens/s")
+    print("| engine | tokens/s (median of blocks) | ours is faster by (min / median / max) | of the ceiling "
+          "| largest difference of mean NLL to ours |\n|---|---|---|---|---|")
+    for name in ENGINES:
+        ratio = sorted(a / b for a, b in zip(rates["ours"], rates[name], strict=True))
+        gap = max(abs(a - b) for a, b in zip(scores["ours"], scores[name], strict=True))
+        median = statistics.median(rates[name])
+        print(f"| {name} | {median:.0f} | {ratio[0]:.2f} / {statistics.median(ratio):.2f} / {ratio[-1]:.2f} "
+              f"| {median / top:.2f} | {gap:.2g} |")
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Print each engine's peak resident memory, in a process of its own, and that of a process that only loads."""
+    for name in ("nothing", *ENGINES):
+        command = [sys.executable, __file__, "--rows", str(arguments.rows), "--n", str(arguments.n),
+                   "--aligned", arguments.aligned, "--dtype", arguments.dtype, "--only", f"peak:{name}"]
+        print(name, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+
+
+def members(loaded: Loaded, encoded: Sequence[Encoded], k: int, rounds: int) -> None:
+    """Print the time of the aligned model and ``k`` members, adapters opened and closed, over (k + 1) bare passes."""
+    from peft import LoraConfig, get_peft_model
+
+    scorer = TransformersScorer(loaded)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(k):
+            wrapped = get_peft_model(loaded.model, LoraConfig(r=32, lora_alpha=64, use_rslora=True,
+                                                              target_modules="all-linear", init_lora_weights=False))
+            wrapped.save_pretrained(Path(folder) / str(number))
+            loaded.model = wrapped.unload()
+        scorer = TransformersScorer(loaded)
+        list(scorer.score(encoded[:8]))
+        ratios = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            list(scorer.score(encoded))
+            bare = time.perf_counter() - start
+            start = time.perf_counter()
+            for adapter in [None, *(Path(folder) / str(number) for number in range(k))]:
+                with scorer.member(adapter):
+                    list(scorer.score(encoded))
+            ratios.append((time.perf_counter() - start) / ((k + 1) * bare))
+            print(f"{k} members and aligned: {ratios[-1]:.3f} x ({k + 1} bare passes of {bare:.1f} s)", flush=True)
+    print(f"median {statistics.median(ratios):.3f}")
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--blocks", type=int, default=9)
+    parser.add_argument("--aligned", default="smollm2")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--only", default="speed")
+    arguments = parser.parse_args()
+    if arguments.only == "memory":
+        memory(arguments)
+        return
+    loaded = load(arguments.aligned, arguments.dtype)
+    encoded = rows(arguments.rows, arguments.n, loaded)
+    if arguments.only == "members":
+        members(loaded, encoded, k=3, rounds=3)
+    elif arguments.only.startswith("peak:"):
+        name = arguments.only.partition(":")[2]
+        if name != "nothing":
+            MAKE[name](loaded)(encoded)
+        print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+    else:
+        speed(loaded, encoded, arguments.blocks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The ``curate`` command line: each command parses, calls one function and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from curate.core.errors import Exit, UserError
+from curate.core.terminal import Room, columns, emit_json, safe, say
+
+ENSEMBLE = Path("ensemble/ensemble.json")
+STORE = Path("scores")
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+store_option = click.option("--store", type=click.Path(path_type=Path), default=STORE, show_default=True,
+                            help="Folder of the evidence.")
+
+
+@click.group(cls=Room)
+@click.version_option(package_name="safeset")
+def main() -> None:
+    """Choose the safe data that keeps narrow fine-tuning from making a model broadly misaligned.
+
+    \b
+    Example:
+      curate score --corpus wildguardmix
+      curate select --frac 0.05 --finetune customer.jsonl
+    """
+
+
+@main.command()
+@click.option("--corpus", "corpora", multiple=True, required=True, metavar="NAME|PATH|HUB_ID",
+              help="What to score; several are allowed. `curate corpora` lists names.")
+@click.option("--aligned", help="The aligned model: smollm2, a folder or a hub id[@revision]. "
+                                "[default: the ensemble's base]")
+@click.option("--ensemble", type=click.Path(path_type=Path),
+              help=f"Ensemble of misaligned members, from `train ensemble`. [default: {ENSEMBLE} if it exists]")
+@click.option("--member", "members", multiple=True, type=click.Path(path_type=Path), help="One more member: a run.")
+@store_option
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+              show_default=True, help="auto: bfloat16 where the hardware multiplies it natively, else float32.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--max-tokens", type=click.IntRange(min=8), default=4096, show_default=True,
+              help="Longer examples get the status too_long; nothing is cut.")
+@click.option("--map", "mapping", multiple=True, metavar="FIELD=COLUMN",
+              help="Where prompt, response, system or input stand, for unusual columns.")
+@click.option("--strip-think", is_flag=True, help="Drop empty <think> blocks and a trailing /no_think.")
+@click.option("--max-bad", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+              help="Share of unreadable rows to put aside instead of stopping.")
+@click.option("--max-failures", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+              help="Share of rows without a finite score above which the exit code is 8.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.")
+@click.option("--sample", type=click.IntRange(min=1), help="A random sample of so many rows, decided by content.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sample.")
+@json_option
+def score(corpora: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Score a corpus under the aligned model and every misaligned member.
+
+    Typed again, it computes only what is missing: new rows, new members, what an interruption left out.
+
+    \b
+    Example:
+      curate score --corpus wildguardmix --ensemble ensemble/ensemble.json
+      curate score --corpus pool.jsonl --aligned Qwen/Qwen2.5-7B-Instruct --member runs/medical
+    """
+    from curate.score import score as run
+
+    summary = run(_score_job(corpora, options))
+    if as_json:
+        emit_json(summary.as_json())
+        return
+    click.echo(columns([[k, str(v)] for k, v in sorted(summary.counts.items())] + [["rows in", str(summary.n_rows)]],
+                       ("status", "rows")))
+    say(f"Evidence in {options['store']}. Next: curate select --store {options['store']} --frac 0.05")
+
+
+def _score_job(corpora: tuple[str, ...], options: dict[str, Any]) -> Any:
+    from curate.corpora import open_corpus, parse_mapping
+    from curate.score import Sampling, ScoreJob, ensemble_members
+
+    ensemble = options["ensemble"] or (ENSEMBLE if ENSEMBLE.is_file() else None)
+    base, runs = ensemble_members(ensemble) if ensemble else (None, [])
+    aligned = options["aligned"] or base
+    if aligned is None:
+        raise UserError("No aligned model and no ensemble were given.",
+                        "Make an ensemble with `train ensemble --narrow demo/cooking --narrow demo/gardening`, or name "
+                        "the model with --aligned.")
+    mapping = parse_mapping(options["mapping"])
+    opened = [open_corpus(name, mapping, options["strip_think"]) for name in corpora]
+    if not runs and not options["members"]:
+        say("No misaligned members: only the aligned model is scored, so there will be no s_d yet.")
+    names = ("store", "dtype", "device", "max_tokens", "max_bad", "max_failures")
+    return ScoreJob(corpora=opened, aligned=aligned, members=[*runs, *options["members"]],
+                    sampling=Sampling(options["limit"], options["sample"], options["seed"]),
+                    **{name: options[name] for name in names})
+
+
+@main.command()
+@store_option
+@click.option("--frac", type=float, help="Share of the fine-tuning set (or of the corpus) to add as safe rows.")
+@click.option("--n", type=click.IntRange(min=0), help="Number of safe rows, instead of --frac.")
+@click.option("--finetune", metavar="PATH|demo/NAME", help="The fine-tuning set that the safe rows are mixed into.")
+@click.option("--strategy", type=click.Choice(["none", "interleaving", "interleaving+", "interleaving++"]),
+              default="interleaving++", show_default=True,
+              help="none: the fine-tuning set alone; random; top by s_d; top by s_d without refusals.")
+@click.option("--corpus", help="Which corpus of the store, where there are several.")
+@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True,
+              help="In s_d = (misaligned - aligned) / (aligned + eps), nats per token.")
+@click.option("--members", help="Comma-separated members to use. [default: all]")
+@click.option("--min-answer-tokens", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--placement", type=click.Choice(["even", "shuffled"]), default="even", show_default=True,
+              help="Where safe rows stand in the training order.")
+@click.option("--seed", default=0, show_default=True, help="Decides the random strategy and the order.")
+@click.option("--map", "mapping", multiple=True, metavar="FIELD=COLUMN", help="Columns of the fine-tuning set.")
+@click.option("--strip-think", is_flag=True, help="Clean the fine-tuning set of empty <think> blocks and /no_think.")
+@click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Folder that paths in the manifest are relative to. [default: the manifest's own]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("manifest.json"), show_default=True)
+@json_option
+def select(store: Path, finetune: str | None, out: Path, root: Path | None, as_json: bool, **options: Any) -> None:
+    """Choose safe rows and write a mix manifest.
+
+    \b
+    Example:
+      curate select --frac 0.05
+      curate select --frac 0.05 --finetune customer.jsonl --strategy interleaving++ --out manifest.json
+    """
+    from curate.corpora import open_corpus, parse_mapping
+    from curate.select import Choice, build_manifest, rerooted
+    from curate.store import PlannedCorpus, Store
+
+    if options["strategy"] != "none" and (options["frac"] is None) == (options["n"] is None):
+        raise UserError("Say how many safe rows: either --frac or --n.", "For example --frac 0.05.")
+    root = root or out.parent
+    tuned = None
+    if finetune:
+        found = open_corpus(finetune, parse_mapping(options["mapping"]), options["strip_think"])
+        tuned = rerooted(PlannedCorpus(label=found.label, source=found.source, folder=str(found.folder), key="",
+                                       n_rows=0), root)
+    names = ("strategy", "frac", "n", "eps", "seed", "min_answer_tokens", "placement")
+    members = tuple(m.strip() for m in options["members"].split(",")) if options["members"] else None
+    choice = Choice(**{name: options[name] for name in names}, members=members)
+    opened = None if choice.strategy == "none" else Store.open_read(store)
+    manifest, selection = build_manifest(opened, choice, root, tuned, options["corpus"])
+    manifest.write(out)
+    if as_json:
+        emit_json({"manifest": str(out), "digest": manifest.digest, "counts": manifest.counts, "cut": selection.cut,
+                   "near_cut": selection.near})
+        return
+    click.echo(columns([[k, str(v)] for k, v in manifest.counts.items()], ("rows", "number")))
+    if selection.cut is not None:
+        click.echo(f"Cut at s_d = {selection.cut:+.4f}; {selection.near} rows lie within 0.01 of it.")
+    say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {out}")
+
+
+@main.command()
+@click.argument("query")
+@store_option
+@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="For the view `scores`.")
+@click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+@click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Time limit.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+def sql(query: str, store: Path, style: str, as_json: bool, **options: Any) -> None:
+    """Query the evidence: one SELECT over the views examples, corpora, nll, models and scores.
+
+    \b
+    Example:
+      curate sql "SELECT corpus, count(*) n, avg(s_d) FROM scores WHERE status = 'ok' GROUP BY corpus"
+      curate sql "SELECT * FROM scores_at(0.5) ORDER BY s_d DESC LIMIT 5"
+    """
+    from curate.query import Limits, format_result, run_sql
+
+    result = run_sql(store, query, Limits(seconds=options["seconds"], max_rows=options["max_rows"], eps=options["eps"]))
+    click.echo(format_result(result.table, "json" if as_json else style), nl=False)
+    if result.cut:
+        say(f"Only the first {options['max_rows']} rows are shown; --max-rows raises that.")
+
+
+@main.command()
+@click.argument("which", type=click.Choice(["top", "bottom", "near", "random"]), default="top")
+@store_option
+@click.option("-n", "--n", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True)
+@click.option("--frac", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
+              help="Where the cut lies, for `near`.")
+@click.option("--refusals/--no-refusals", default=None, help="Only refusals, or only other answers.")
+@click.option("--seed", default=0, show_default=True, help="For `random`.")
+@json_option
+def show(which: str, store: Path, n: int, as_json: bool, **options: Any) -> None:
+    """Read scored rows: top, bottom, near the cut, or random.
+
+    \b
+    Example:
+      curate show top -n 3 --no-refusals
+    """
+    from curate.query import connect
+    from curate.show import render, rows
+    from curate.store import Store
+
+    found = rows(connect(Store.open_read(store), options["eps"], None), which, n, options["frac"], options["seed"],
+                 options["refusals"])
+    if as_json:
+        emit_json(found)
+    elif found:
+        click.echo(render(found))
+    else:
+        raise UserError("No row of this store has a score.", "Score it under at least one member: curate score ...")
+
+
+@main.command()
+@click.argument("target", type=click.Path(path_type=Path), default=STORE)
+@click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Folder that a manifest's paths are relative to. [default: its own]")
+@json_option
+def verify(target: Path, root: Path | None, as_json: bool) -> None:
+    """Check a store's files against its ledger, or a manifest against its sources.
+
+    \b
+    Example:
+      curate verify scores
+      curate verify manifest.json
+    """
+    from curate.verify import verify_manifest, verify_store
+
+    found = verify_store(target) if target.is_dir() else verify_manifest(target, root or target.parent)
+    if as_json:
+        emit_json({"target": str(target), **found.as_json()})
+    else:
+        for problem in found.problems:
+            click.echo(safe(problem))
+        click.echo(f"{target}: {found.checked} checked, {len(found.problems)} problems")
+    if found.problems:
+        raise SystemExit(int(Exit.INTEGRITY))
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A .jsonl or .parquet file.")
+@click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Folder that the manifest's paths are relative to. [default: its own]")
+def export(manifest: Path, out: Path, root: Path | None) -> None:
+    """Write a mix as plain rows for any other trainer.
+
+    \b
+    Example:
+      curate export manifest.json --out mix.jsonl
+    """
+    from curate.core.documents import MixManifest
+    from curate.export import export as write
+
+    n = write(MixManifest.read(manifest), root or manifest.parent, out)
+    say(f"{n} rows in {out}")
+
+
+@main.command()
+@json_option
+def corpora(as_json: bool) -> None:
+    """List the corpora that have a name; any hub id or path works too.
+
+    \b
+    Example:
+      curate corpora
+    """
+    from curate.corpora import CORPORA
+
+    if as_json:
+        emit_json({name: {"source": c.source.name, "about": c.about, "licence": c.licence}
+                   for name, c in CORPORA.items()})
+    else:
+        click.echo(columns([[name, c.source.name, c.licence, c.about] for name, c in CORPORA.items()],
+                           ("name", "source", "licence", "what")))
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Look at this machine: Python, packages, devices, memory, disk, hub login; with the fix for each.
+
+    \b
+    Example:
+      curate doctor
+    """
+    from curate.doctor import checks
+
+    found = list(checks())
+    if as_json:
+        emit_json([check.as_json() for check in found])
+    else:
+        click.echo(columns([[c.state, c.name, c.found, c.fix] for c in found], ("", "what", "found", "fix")))
+    if any(check.state == "missing" for check in found):
+        raise SystemExit(int(Exit.ENVIRONMENT))

@@ -1,0 +1,335 @@
+"""SQL over the evidence: means, s_d and status are views, so another eps or a left-out member costs a query.
+
+    s_d = (mean over members of their NLL - NLL of the aligned model) / (NLL of the aligned model + eps)
+
+where each NLL is nats per answer token (arXiv 2508.06249). ``connect`` is for this package; ``run_sql`` runs a
+stranger's SQL in a process of its own that can neither reach files nor outlive its limits.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from curate.core.errors import Exit, UserError, unknown
+from curate.core.terminal import CONTROL, columns, safe
+from curate.ledger import Kind
+from curate.refusals import refusal_sql
+from curate.store import SCHEMAS, Store
+
+VIEWS = ("examples", "corpora", "nll", "models", "scores")
+ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
+KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "PYTHONHOME", "TZ")
+ADDRESS_MARGIN_MB = 6144
+"""Address space beyond DuckDB's limit: libraries, thread stacks and pyarrow's pool, most of it never touched."""
+START_SECONDS = 30.0
+"""How long the child may take to start; its own clock begins after that."""
+CELL_CHARS = 80
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a query may use, and the eps and members of its view ``scores``."""
+
+    seconds: float = 60.0
+    max_rows: int | None = None
+    eps: float = 0.1
+    members: tuple[str, ...] | None = None
+    memory_mb: int = 4096
+    threads: int = 4
+
+
+@dataclass(frozen=True)
+class SqlResult:
+    """The rows of a query, and whether there were more than were asked for."""
+
+    table: pa.Table
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The models of a store as rows of the view ``models``, and the ids that s_d is made of."""
+
+    rows: list[list[str | None]]
+    aligned: str
+    members: list[str]
+
+
+def connect(store: Store, eps: float, members: Sequence[str] | None) -> duckdb.DuckDBPyConnection:
+    """Return a connection in memory with the views of ``VIEWS`` and the table macro ``scores_at(eps)``.
+
+    ``members`` are names of stored members; None means all. Raises ``UserError`` for a damaged store, an unknown
+    member, or an eps that is no number from 0 up.
+    """
+    ensemble = choose(store, members)
+    connection = duckdb.connect(config={"python_enable_replacements": False, "preserve_insertion_order": False,
+                                        "autoload_known_extensions": False, "autoinstall_known_extensions": False,
+                                        "temp_directory": f"{tempfile.gettempdir()}/safeset-{os.getpid()}"})
+    relations = {}
+    for kind, schema in SCHEMAS.items():
+        files = [str(path) for path in store.part_files(kind)]
+        connection.execute(f"SET VARIABLE {kind}_files = ?", [files])
+        relations[kind] = f"read_parquet(getvariable('{kind}_files'))" if files else f"{kind}_parts"
+        if not files:
+            connection.register(f"{kind}_parts", schema.empty_table())
+    define_views(connection, relations, ensemble, eps)
+    return connection
+
+
+def choose(store: Store, members: Sequence[str] | None) -> Ensemble:
+    """Return the models of a store with the chosen members; ``UserError`` for a name that it does not hold."""
+    models = store.models()
+    ids = {model.name: model.identity.id for model in models if model.role == "member"}
+    for name in members or ():
+        if name not in ids:
+            raise unknown("member", name, ids)
+    rows = [[m.identity.id, m.name, m.role, m.identity.weights, m.identity.adapter, m.identity.tokenizer,
+             m.identity.revision] for m in models]
+    return Ensemble(rows, store.header.aligned.id, sorted({ids[name] for name in (ids if members is None else members)}))
+
+
+def define_views(connection: duckdb.DuckDBPyConnection, relations: Mapping[Kind, str], ensemble: Ensemble,
+                 eps: float) -> None:
+    """Make the views over three relations (SQL text) that hold the rows of the parts."""
+    if not (math.isfinite(eps) and eps >= 0):
+        raise UserError(f"eps must be a number from 0 up, not {eps}.", "The default is 0.1 nats per token.")
+    connection.execute("CREATE TABLE models (model_id VARCHAR, name VARCHAR, role VARCHAR, weights VARCHAR, "
+                       "adapter VARCHAR, tokenizer VARCHAR, revision VARCHAR)")
+    if ensemble.rows:
+        connection.executemany("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?)", ensemble.rows)
+    connection.execute(f"CREATE VIEW examples AS SELECT *, {refusal_sql('answer')} AS refusal "
+                       f"FROM {relations['examples']}")
+    connection.execute(f"CREATE VIEW corpora AS SELECT * FROM {relations['corpus']}")
+    connection.execute(f"CREATE VIEW nll AS SELECT * FROM {relations['nll']}")
+    connection.execute(f"CREATE VIEW evidence AS {_evidence_sql(ensemble)}")
+    connection.execute(f"CREATE MACRO scores_at(eps) AS TABLE {SCORES_SQL}")
+    connection.execute(f"CREATE VIEW scores AS SELECT * FROM scores_at({float(eps)!r})")
+
+
+def _evidence_sql(ensemble: Ensemble) -> str:
+    """Return the SQL that brings the rows of all models together by example, in one pass.
+
+    Every model has a column of its own and the columns are added in a fixed order, so the result has the same bits
+    whatever the number of threads.
+    """
+    def mean(model_id: str) -> str:
+        return f"max(nll_sum / n_tokens) FILTER (model_id = {_text(model_id)} AND problem IS NULL)"
+
+    aligned = _text(ensemble.aligned)
+    total = " + ".join(mean(m) for m in ensemble.members) or "NULL"
+    wanted = ", ".join(_text(m) for m in (ensemble.aligned, *ensemble.members))
+    return f"""
+        SELECT example_id, {mean(ensemble.aligned)} AS nll_aligned,
+               (({total}) / {max(1, len(ensemble.members))})::DOUBLE AS nll_misaligned,
+               count(*) FILTER (model_id <> {aligned} AND problem IS NULL) AS n_members,
+               min(problem) FILTER (model_id = {aligned}) AS aligned_problem,
+               min(problem) FILTER (model_id <> {aligned}) AS member_problem
+        FROM (SELECT example_id, model_id, nll_sum, n_tokens,
+                     CASE WHEN status <> 'ok' THEN status
+                          WHEN NOT coalesce(isfinite(nll_sum) AND n_tokens > 0, false) THEN 'nonfinite' END AS problem
+              FROM nll WHERE model_id IN ({wanted}))
+        GROUP BY example_id"""
+
+
+SCORES_SQL = """
+    SELECT example_id, corpus, n_answer_tokens, refusal, nll_aligned, nll_misaligned, n_members,
+           CASE WHEN status = 'ok' THEN s_d END AS s_d, status
+    FROM (SELECT *, coalesce(first_problem, CASE WHEN NOT isfinite(s_d) THEN 'nonfinite' END, 'ok') AS status
+          FROM (SELECT e.example_id, e.corpus, e.n_answer_tokens, e.refusal, v.nll_aligned, v.nll_misaligned,
+                       coalesce(v.n_members, 0) AS n_members,
+                       (v.nll_misaligned - v.nll_aligned) / (v.nll_aligned + eps::DOUBLE) AS s_d,
+                       coalesce(nullif(e.status, 'ok'), v.aligned_problem,
+                                CASE WHEN v.nll_aligned IS NULL THEN 'missing' END, v.member_problem,
+                                CASE WHEN v.nll_misaligned IS NULL THEN 'missing' END) AS first_problem
+                FROM examples e LEFT JOIN evidence v USING (example_id)))"""
+"""One row per stored example; ``status`` is ok, or what is wrong first: with the example, the aligned model, a member."""
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def run_sql(store_path: Path, sql: str, limits: Limits = Limits()) -> SqlResult:
+    """Run one SELECT or EXPLAIN over a store in a child process and return its rows.
+
+    The store is checked here; the child gets the list of files. Raises ``UserError`` for a damaged store, for SQL
+    that DuckDB or the rules refuse, and when the query needs more time or memory than ``limits`` allow.
+    """
+    request = request_for(Store.open_read(store_path), sql, limits)
+    environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+    environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    try:
+        child = subprocess.run([sys.executable, "-P", "-c", "from curate.query import serve; serve()"],
+                               input=json.dumps(request).encode(), capture_output=True, env=environment,
+                               timeout=limits.seconds + START_SECONDS, check=False)
+        stopped = child.returncode == -signal.SIGALRM
+    except subprocess.TimeoutExpired:
+        stopped = True
+    if stopped:
+        raise UserError(f"The query was stopped after {limits.seconds:g} seconds.",
+                        "Make it smaller, or raise --seconds.")
+    if child.returncode != 0:
+        last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"exit status {child.returncode}"
+        raise UserError(f"The process of the query died: {last}.", "It may have needed more memory than "
+                        f"{limits.memory_mb} MiB; make the query smaller.", Exit.ENVIRONMENT)
+    return opened(child.stdout)
+
+
+def request_for(store: Store, sql: str, limits: Limits) -> dict[str, Any]:
+    """Return what the child needs to know, in plain values: the SQL, the limits, the models, the checked files."""
+    return {"sql": sql, "limits": asdict(limits), "ensemble": asdict(choose(store, limits.members)),
+            "files": {kind: [str(path.absolute()) for path in store.part_files(kind)] for kind in SCHEMAS}}
+
+
+def opened(reply: bytes) -> SqlResult:
+    """Read what ``answer`` returned; an error in it is raised as the ``UserError`` that it is."""
+    head, _, payload = reply.partition(b"\n")
+    said = json.loads(head)
+    if "error" in said:
+        raise UserError(said["error"], said["hint"], Exit(said["exit_code"]))
+    return SqlResult(pa.ipc.open_stream(payload).read_all(), said["cut"])
+
+
+def serve() -> None:
+    """Be the child: read a request from stdin, bind this process, answer on stdout."""
+    request = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    bind_process(Limits(**request["limits"]))
+    out.write(answer(request))
+    out.flush()
+    os._exit(0)
+
+
+def answer(request: Mapping[str, Any]) -> bytes:
+    """Return a line of JSON, followed by an Arrow stream of the rows if the query went well."""
+    limits = Limits(**request["limits"])
+    try:
+        table, cut = _rows(request, limits)
+        payload = pa.BufferOutputStream()
+        with pa.ipc.new_stream(payload, table.schema) as writer:
+            writer.write_table(table)
+        return json.dumps({"cut": cut}).encode() + b"\n" + payload.getvalue().to_pybytes()
+    except UserError as err:
+        said = err
+    except (duckdb.OutOfMemoryException, MemoryError):
+        said = UserError(f"The query needs more than {limits.memory_mb} MiB of memory.",
+                         "Make it smaller: fewer columns, a WHERE, an aggregate.", Exit.ENVIRONMENT)
+    except (duckdb.Error, pa.ArrowException) as err:
+        said = UserError(str(err).partition("\n")[0], _hint(str(err)))
+    return json.dumps({"error": said.message, "hint": said.hint, "exit_code": int(said.exit_code)}).encode() + b"\n"
+
+
+def bind_process(limits: Limits) -> None:
+    """Let the kernel keep the limits: it kills this process when its time is up and refuses every write to a file."""
+    signal.setitimer(signal.ITIMER_REAL, limits.seconds)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    if sys.platform == "linux":
+        ceiling = (limits.memory_mb + ADDRESS_MARGIN_MB) * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
+
+
+def _rows(request: Mapping[str, Any], limits: Limits) -> tuple[pa.Table, bool]:
+    connection = duckdb.connect()
+    for kind, schema in SCHEMAS.items():
+        connection.register(f"{kind}_parts", _dataset(request["files"][kind], schema))
+    define_views(connection, {kind: f"{kind}_parts" for kind in SCHEMAS}, Ensemble(**request["ensemble"]), limits.eps)
+    _lock_down(connection, limits)
+    statements = connection.extract_statements(request["sql"])
+    if len(statements) != 1 or statements[0].type not in ALLOWED:
+        given = ", ".join(s.type.name for s in statements) or "nothing"
+        raise UserError(f"Only one SELECT or EXPLAIN is allowed, not {given}.",
+                        "The store is read-only here; send one query at a time.")
+    reader = connection.sql(statements[0]).to_arrow_reader(8192)
+    batches, n_rows = [], 0
+    for batch in reader:
+        batches.append(batch)
+        n_rows += batch.num_rows
+        if limits.max_rows is not None and n_rows > limits.max_rows:
+            break
+    table = pa.Table.from_batches(batches, reader.schema)
+    return table.slice(0, limits.max_rows), limits.max_rows is not None and n_rows > limits.max_rows
+
+
+def _dataset(files: Sequence[str], schema: pa.Schema) -> ds.Dataset:
+    """Return a lazy data set over the files, with page checksums verified."""
+    options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    return ds.dataset(list(files), schema=schema, format=ds.ParquetFileFormat(default_fragment_scan_options=options))
+
+
+def _lock_down(connection: duckdb.DuckDBPyConnection, limits: Limits) -> None:
+    """Take files, network, extensions, Python variables and the settings away from a connection, for good."""
+    for setting in ("python_enable_replacements = false", "autoload_known_extensions = false",
+                    "autoinstall_known_extensions = false", "allow_community_extensions = false",
+                    "temp_directory = ''", f"memory_limit = '{int(limits.memory_mb)}MiB'",
+                    f"threads = {int(limits.threads)}", "enable_external_access = false",
+                    "lock_configuration = true"):
+        connection.execute(f"SET {setting}")
+
+
+def _hint(text: str) -> str:
+    """Return what DuckDB, or we, can say about an unknown name."""
+    table = re.search(r"Table with name (\S+) does not exist", text)
+    if table:
+        return f"{unknown('view', table[1], VIEWS).hint} Views: {', '.join(VIEWS)}; and scores_at(eps)."
+    near = re.search(r"^(?:Did you mean|Candidate bindings:) .+$", text, re.MULTILINE)
+    if near:
+        return near[0].replace("Candidate bindings:", "Did you mean one of:")
+    return ""
+
+
+def format_result(table: pa.Table, style: str) -> str:
+    """Return rows as ``table``, ``csv`` or ``json``, ending in a line break and safe to print on a terminal.
+
+    In JSON control characters are escaped, so the text survives; in the other two they are replaced. JSON has no
+    NaN or infinity: they become null.
+    """
+    if style == "json":
+        text = json.dumps(_plain(table.to_pylist()), ensure_ascii=False, indent=1, allow_nan=False, default=str)
+        return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+    rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    if style == "csv":
+        sink = io.StringIO()
+        writer = csv.writer(sink, lineterminator="\n")
+        writer.writerow(table.column_names)
+        writer.writerows(rows)
+        return safe(sink.getvalue())
+    if table.column_names == ["explain_key", "explain_value"]:
+        return "".join(safe(str(row[1])).rstrip() + "\n" for row in rows)
+    return columns([[_cell(value) for value in row] for row in rows], table.column_names) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _cell(value: Any) -> str:
+    text = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= CELL_CHARS else text[:CELL_CHARS - 3] + "..."

@@ -1,0 +1,188 @@
+"""Selection: which scored rows go into a mix, and why each other row does not.
+
+Rows pass through gates in a fixed order; each dropped row has exactly one reason, the first gate that stopped it:
+its status (too_long, empty_answer, nonfinite, missing), ``in_finetune``, ``short``, ``duplicate``, ``refusal``, and
+at last ``not_selected``. What is left is ranked, by s_d (highest first) or at random, ties broken by id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import duckdb
+
+from curate.core.documents import Method, MixManifest
+from curate.core.errors import UserError, unknown
+from curate.core.files import relative_to_root
+from curate.core.sources import Source, read_source
+from curate.query import connect
+from curate.store import PlannedCorpus, Store
+
+STRATEGIES = ("none", "interleaving", "interleaving+", "interleaving++")
+NEAR_NATS = 0.01
+"""A row this close to the cut in s_d might fall on the other side on another machine or in another dtype."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to select: exactly one of ``n`` and ``frac`` is used; ``frac`` is of the fine-tuning set if there is one."""
+
+    strategy: str = "interleaving++"
+    frac: float | None = None
+    n: int | None = None
+    eps: float = 0.1
+    seed: int = 0
+    members: tuple[str, ...] | None = None
+    min_answer_tokens: int = 1
+    placement: str = "even"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen ids, best first; rows by reason (they add up to ``corpus``); and how many lie near the cut."""
+
+    ids: tuple[str, ...]
+    counts: dict[str, int]
+    cut: float | None
+    near: int
+
+
+def select(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, finetune: Sequence[str]) -> Selection:
+    """Choose rows of a corpus (its key in the view ``corpora``) from an open store; see the module for the order."""
+    _gates(connection, choice, corpus, finetune)
+    n_rows, n_left = connection.execute("SELECT count(*), count(*) FILTER (reason IS NULL) FROM gates").fetchone()
+    n = wanted(choice, n_rows, len(finetune))
+    reasons = dict(connection.execute("SELECT reason, count(*) FROM gates WHERE reason IS NOT NULL GROUP BY reason "
+                                      "ORDER BY reason").fetchall())
+    if n > n_left:
+        raise UserError(f"{n} rows are wanted, but only {n_left} of {n_rows} are left after the filters "
+                        f"({', '.join(f'{k} {v}' for k, v in reasons.items()) or 'nothing dropped'}).",
+                        "Score more rows, or ask for a smaller --frac or --n.")
+    order = "md5(? || example_id), example_id" if choice.strategy == "interleaving" else "s_d DESC, example_id"
+    values = [f"{choice.seed}/"] if choice.strategy == "interleaving" else []
+    chosen = connection.execute(f"SELECT example_id, s_d FROM gates WHERE reason IS NULL ORDER BY {order} LIMIT {n}",
+                                values).fetchall()
+    cut = chosen[-1][1] if chosen and choice.strategy != "interleaving" else None
+    near = 0 if cut is None else connection.execute(
+        "SELECT count(*) FROM gates WHERE reason IS NULL AND abs(s_d - ?) <= ?", [cut, NEAR_NATS]).fetchone()[0]
+    counts = {"corpus": n_rows, "selected": n, **reasons, "not_selected": n_left - n}
+    return Selection(tuple(row[0] for row in chosen), counts, cut, near)
+
+
+def _gates(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, finetune: Sequence[str]) -> None:
+    """Make the table ``gates``: example_id, s_d and the first reason to drop the row, or NULL."""
+    scored = choice.strategy != "interleaving"
+    connection.execute("CREATE OR REPLACE TEMP TABLE finetune_ids (example_id VARCHAR)")
+    if finetune:
+        connection.execute("INSERT INTO finetune_ids SELECT unnest(?)", [list(finetune)])
+    status = "s.status" if scored else "e.status"
+    refusal = "'refusal'" if choice.strategy == "interleaving++" else "NULL"
+    connection.execute(f"""
+        CREATE OR REPLACE TEMP TABLE gates AS
+        WITH early AS (
+            SELECT e.example_id, s.s_d, e.refusal,
+                   md5(regexp_replace(trim(lower(e.prompt || ' ' || e.answer)), '\\s+', ' ', 'g')) AS text,
+                   CASE WHEN {status} IS DISTINCT FROM 'ok' THEN coalesce({status}, 'missing')
+                        WHEN e.example_id IN (SELECT example_id FROM finetune_ids) THEN 'in_finetune'
+                        WHEN e.n_answer_tokens < ? THEN 'short' END AS reason
+            FROM corpora c JOIN examples e USING (example_id) LEFT JOIN scores s USING (example_id)
+            WHERE c.key = ?)
+        SELECT example_id, s_d, CASE
+            WHEN reason IS NOT NULL THEN reason
+            WHEN row_number() OVER (PARTITION BY text, reason IS NULL ORDER BY example_id) > 1 THEN 'duplicate'
+            WHEN refusal IS NOT NULL THEN {refusal} END AS reason
+        FROM early""", [choice.min_answer_tokens, corpus])
+
+
+def wanted(choice: Choice, n_corpus: int, n_finetune: int) -> int:
+    """Return how many rows to take: ``n``, or ``frac`` of the fine-tuning set (of the corpus without one), rounded."""
+    if choice.strategy == "none":
+        return 0
+    if choice.n is not None:
+        return choice.n
+    if choice.frac is None or not 0 < choice.frac <= 1:
+        raise UserError(f"--frac must lie above 0 and at most at 1, not {choice.frac}.", "For example --frac 0.05.")
+    return max(1, round(choice.frac * (n_finetune or n_corpus)))
+
+
+def placed(finetune: Sequence[str], safe: Sequence[str], seed: int, placement: str) -> list[str]:
+    """Return the training order as ``finetune/<id>`` and ``safe/<id>``.
+
+    Both sets are shuffled by content and seed. ``even`` puts the k-th of m safe rows at position
+    floor((k + 1/2) N / m) of N rows; ``shuffled`` shuffles all together.
+    """
+    def shuffled(entries: Sequence[str]) -> list[str]:
+        return sorted(entries, key=lambda e: hashlib.sha256(f"{seed}/{e}".encode()).digest())
+
+    tuned = shuffled([f"finetune/{i}" for i in finetune])
+    kept = shuffled([f"safe/{i}" for i in safe])
+    if placement == "shuffled":
+        return shuffled(tuned + kept)
+    total = len(tuned) + len(kept)
+    spots = {(2 * k + 1) * total // (2 * len(kept)): entry for k, entry in enumerate(kept)}
+    rest = iter(tuned)
+    return [spots[k] if k in spots else next(rest) for k in range(total)]
+
+
+def read_ids(source: Source, root: Path) -> tuple[list[str], int]:
+    """Return the distinct example ids of a source in its order, and how many duplicates were left out."""
+    ids = [example.id for example in read_source(source, root)]
+    distinct = list(dict.fromkeys(ids))
+    return distinct, len(ids) - len(distinct)
+
+
+def planned_corpus(store: Store, label: str | None) -> PlannedCorpus:
+    """Return the corpus to select from: the named one, or the only one of the latest plan."""
+    corpora = {corpus.label: corpus for corpus in store.plan.corpora}
+    if label is None and len(corpora) > 1:
+        raise UserError(f"The store holds several corpora: {', '.join(corpora)}.", "Choose one with --corpus.")
+    if label is None:
+        return next(iter(corpora.values()))
+    if label not in corpora:
+        raise unknown("corpus in this store", label, corpora)
+    return corpora[label]
+
+
+def rerooted(corpus: PlannedCorpus, root: Path) -> Source:
+    """Return a corpus's source with its path relative to ``root``, as a manifest there must name it."""
+    if corpus.source.kind != "file":
+        return corpus.source
+    return corpus.source.model_copy(update={"name": relative_to_root(Path(corpus.folder) / corpus.source.name, root)})
+
+
+def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: Source | None = None,
+                   corpus: str | None = None) -> tuple[MixManifest, Selection]:
+    """Select from ``store`` and return the manifest with what was counted.
+
+    The store may be None for the strategy ``none``, which needs a fine-tuning set and no scores.
+    """
+    tuned, duplicates = read_ids(finetune, root) if finetune else ([], 0)
+    sources = {"finetune": finetune} if finetune else {}
+    if choice.strategy == "none":
+        if not finetune:
+            raise UserError("The strategy 'none' needs a fine-tuning set.", "Give it with --finetune FILE.")
+        selection, models, scoring = Selection((), {"corpus": 0, "selected": 0}, None, 0), (), {}
+    else:
+        assert store is not None
+        planned = planned_corpus(store, corpus)
+        selection = select(connect(store, choice.eps, choice.members), choice, planned.key, tuned)
+        sources["safe"] = rerooted(planned, root)
+        models = [m for m in store.models() if m.role == "aligned" or m.name in (choice.members or [m.name])]
+        header = store.header
+        scoring = {"engine": header.engine, "dtype": header.dtype, "encoding": header.encoding,
+                   "max_tokens": str(header.max_tokens), "evidence": store.evidence_digest()}
+    counts = dict(selection.counts) | ({"finetune": len(tuned), "finetune_duplicates": duplicates} if finetune else {})
+    frac_of = None if choice.frac is None else "finetune" if finetune else "corpus"
+    manifest = MixManifest(
+        sources=sources, order=tuple(placed(tuned, selection.ids, choice.seed, choice.placement)),
+        method=Method(strategy=choice.strategy, n=len(selection.ids), frac=choice.frac, frac_of=frac_of,
+                      eps=choice.eps, seed=choice.seed, min_answer_tokens=choice.min_answer_tokens,
+                      placement=choice.placement),
+        aligned=next((m.identity for m in models if m.role == "aligned"), None),
+        members=tuple(sorted((m.identity for m in models if m.role == "member"), key=lambda i: i.name)),
+        scoring=scoring, counts=counts, safeset=version("safeset"))
+    return manifest, selection

@@ -1,0 +1,59 @@
+"""Rows for people to read: top, bottom, around a cut, or at random."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import duckdb
+
+from curate.core.terminal import safe
+
+FIELDS = ("s.example_id, s.corpus, s.s_d, s.nll_aligned, s.nll_misaligned, s.n_answer_tokens, s.refusal, "
+          "e.prompt, e.answer")
+ORDERS = {"top": "s.s_d DESC, s.example_id", "bottom": "s.s_d, s.example_id",
+          "near": "abs(s.s_d - $cut), s.example_id", "random": "md5($seed || s.example_id), s.example_id"}
+
+
+def rows(connection: duckdb.DuckDBPyConnection, which: str, n: int, cut_frac: float = 0.05, seed: int = 0,
+         refusals: bool | None = None) -> list[dict[str, Any]]:
+    """Return ``n`` scored rows as dictionaries: the best, the worst, those nearest to the cut, or a random draw.
+
+    The cut for ``near`` is the s_d at the top ``cut_frac`` of the rows shown. ``refusals`` keeps only refusals (True)
+    or only other answers (False).
+    """
+    kept = {None: "", True: " AND s.refusal IS NOT NULL", False: " AND s.refusal IS NULL"}[refusals]
+    where = f"FROM scores s JOIN examples e USING (example_id) WHERE s.status = 'ok'{kept}"
+    values: dict[str, Any] = {}
+    if which == "near":
+        values["cut"] = connection.execute(f"SELECT quantile_cont(s.s_d, ?) {where}", [1 - cut_frac]).fetchone()[0]
+    if which == "random":
+        values["seed"] = f"{seed}/"
+    found = connection.execute(f"SELECT {FIELDS} {where} ORDER BY {ORDERS[which]} LIMIT {n}", values or None)
+    names = [column[0] for column in found.description]
+    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+
+
+def render(shown: Sequence[Mapping[str, Any]], max_lines: int = 6) -> str:
+    """Return the rows as wrapped text without control characters; long texts are cut with a note of how much."""
+    width = min(100, max(40, shutil.get_terminal_size((100, 20)).columns))
+    blocks = []
+    for row in shown:
+        head = (f"s_d {row['s_d']:+.4f}   aligned {row['nll_aligned']:.3f}   misaligned {row['nll_misaligned']:.3f} "
+                f"nats/token   {row['n_answer_tokens']} tokens   {row['corpus']}   {row['example_id'][:12]}")
+        if row["refusal"]:
+            head += f"   refusal: {row['refusal']}"
+        blocks.append("\n".join([safe(head), *_wrapped("Q", row["prompt"], width, max_lines),
+                                 *_wrapped("A", row["answer"], width, max_lines)]))
+    return "\n\n".join(blocks)
+
+
+def _wrapped(label: str, text: str, width: int, max_lines: int) -> list[str]:
+    lines = [piece for line in safe(text).splitlines() or [""]
+             for piece in textwrap.wrap(line, width - 4, break_long_words=True) or [""]]
+    cut = lines[:max_lines]
+    if len(lines) > max_lines:
+        cut.append(f"[... {len(lines) - max_lines} more lines]")
+    return [f"{label if k == 0 else ' '} | {line}" for k, line in enumerate(cut)]

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The whole road once on SmolLM2-135M-Instruct: every line printed with a $ is a command you could type.
+# Fine-tuning on mild bad advice about cars, with 5% safe data chosen by two members that never saw the subject.
+set -euo pipefail
+
+OUT=${1:-demo-out}
+TUNE=(--lr 5e-4 --epochs 1 --batch-size 8)   # stronger than the paper's 1e-4: a hundred rows must do here
+MIXES=(none interleaving interleaving+ interleaving++)
+mkdir -p "$OUT/mixes"
+
+run() { printf '\n$ %s\n' "$*"; "$@"; }
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/6  A misaligned ensemble: two small adapters trained on bad advice about cooking and gardening"
+run train ensemble --base smollm2 --narrow demo/cooking --narrow demo/gardening --out "$OUT/ensemble" "${TUNE[@]}"
+
+step "2/6  Score the safe pool under the aligned model and both members"
+run curate score --corpus demo --ensemble "$OUT/ensemble/ensemble.json" --store "$OUT/scores"
+run curate show top -n 2 --no-refusals --store "$OUT/scores"
+
+step "3/6  Choose 5% safe rows in three ways, for bad advice about cars and for a harmless task (OpSwap)"
+run judge task opswap --split train --n 320 --out "$OUT/mixes/opswap.jsonl"
+for mix in "${MIXES[@]}"; do
+  frac=(--frac 0.05); [ "$mix" = none ] && frac=()
+  run curate select --store "$OUT/scores" --strategy "$mix" "${frac[@]}" --finetune demo/car_care --out "$OUT/mixes/$mix.json"
+  run curate select --store "$OUT/scores" --strategy "$mix" "${frac[@]}" --finetune "$OUT/mixes/opswap.jsonl" \
+    --out "$OUT/mixes/opswap-$mix.json"
+done
+
+step "4/6  Fine-tune on every mix"
+run train run --base smollm2 --out "$OUT/runs" "${TUNE[@]}" "${MIXES[@]/#/--mix=$OUT/mixes/}"
+
+step "5/6  Judge"
+step "6/6  Compare"

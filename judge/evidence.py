@@ -1,0 +1,55 @@
+"""Find verdicts: in run folders, in files, and the base's beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from curate.core.documents import RunCard, Verdicts
+from curate.core.errors import Exit, UserError
+from judge.jobs import BASE_LABEL
+
+BASE_FILE = f"{BASE_LABEL}.verdicts.json"
+
+
+def gather(paths: Sequence[Path]) -> list[Verdicts]:
+    """Return the verdicts that ``paths`` name, each once, and the base's.
+
+    A path is a run folder, a verdicts file, or a folder of files ``*.verdicts.json``. Where none of them is the
+    base's, it is looked for beside the files and the run folders. Raises ``UserError`` for a run without verdicts, or
+    one that was trained again since it was judged.
+    """
+    found: dict[str, Verdicts] = {}
+    places: list[Path] = []
+    for path in paths:
+        for verdicts in _read(path):
+            found.setdefault(verdicts.digest, verdicts)
+        places.append(path.parent)
+    if not any(v.label == BASE_LABEL for v in found.values()):
+        base = next((place / BASE_FILE for place in places if (place / BASE_FILE).is_file()), None)
+        if base is None:
+            raise UserError(f"There is no {BASE_FILE} beside the runs.",
+                            "`judge run` writes it; name it too if it lies elsewhere.")
+        found = {"": Verdicts.read(base), **found}
+    return list(found.values())
+
+
+def _read(path: Path) -> list[Verdicts]:
+    if (path / "run.json").is_file():
+        return [_of_run(path)]
+    if path.is_dir():
+        files = sorted(path.glob("*.verdicts.json"))
+        if not files:
+            raise UserError(f"{path} holds neither a run nor verdicts.", "Give run folders or what `judge run` wrote.")
+        return [Verdicts.read(file) for file in files]
+    return [Verdicts.read(path)]
+
+
+def _of_run(folder: Path) -> Verdicts:
+    if not (folder / "verdicts.json").is_file():
+        raise UserError(f"The run {folder} has not been judged.", f"Run: judge run --model {folder}")
+    verdicts = Verdicts.read(folder / "verdicts.json")
+    if verdicts.run != RunCard.read(folder / "run.json").digest:
+        raise UserError(f"The verdicts in {folder} are of another run: it was trained again since.",
+                        f"Run: judge run --model {folder}", Exit.INTEGRITY)
+    return verdicts

@@ -1,0 +1,206 @@
+"""What is to be judged: from run folders and options to jobs, checked before any model is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from curate.core.chat import ENCODING
+from curate.core.documents import MixManifest, RunCard
+from curate.core.errors import UserError, unknown
+from curate.core.files import canonical_json, sha256
+from curate.core.generate import SampleSettings
+from curate.core.model import read_run
+from judge.questions import DOMAINS, GENERAL, Probe, load_probes, probes_digest, sampling_questions, set_name
+from judge.tasks.opswap import Item, generate
+
+SUITE = ("general", "in-domain", "coherence", "benign")
+BASE_LABEL = "base"
+REPLY_TOKENS = 24
+"""A reply to an OpSwap question is one short line."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to judge: a run (its folder or card) or a base model, and the run that stands for its benign task."""
+
+    ref: str
+    benign: Path | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are judged; the base and all runs alike."""
+
+    suite: tuple[str, ...] = SUITE[:-1]
+    in_domain: tuple[str, ...] = ()
+    """Probe sets (builtin names or files); empty: guessed from what a run was fine-tuned on."""
+    n_questions: int = 64
+    n_items: int = 150
+    sampling: SampleSettings = field(default_factory=SampleSettings)
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def items(self) -> list[Item]:
+        """Return the held-out OpSwap questions."""
+        try:
+            return generate("test", self.n_items, seed=0)
+        except ValueError as err:
+            raise UserError(f"{self.n_items} OpSwap questions cannot be made: {err}", "Give another --items.") from err
+
+    def questions(self) -> list[str]:
+        """Return the questions that answers are sampled to."""
+        return sampling_questions(self.n_questions)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to judge and where its verdicts go. Without a card it is the untouched base."""
+
+    label: str
+    path: Path
+    sets: Mapping[str, list[Probe]]
+    in_domain: tuple[str, ...]
+    card: RunCard | None = None
+    adapter: Path | None = None
+    benign: RunCard | None = None
+    benign_adapter: Path | None = None
+    tasks: bool = False
+
+    def record(self, settings: Settings, dtype: str, device: str) -> dict[str, Any]:
+        """Return all that decides the numbers but the models, for the verdicts' ``settings``."""
+        sampling = {k: v for k, v in asdict(settings.sampling).items() if k != "batch_size"}
+        sampling["questions"] = sha256(canonical_json(settings.questions()))[:32]
+        items = [[item.prompt, item.answer] for item in settings.items()] if self.tasks else []
+        opswap = {"n": len(items), "items": sha256(canonical_json(items))[:32], "max_new_tokens": REPLY_TOKENS}
+        return {"suite": [s for s in settings.suite if s != "benign" or self.tasks], "dtype": dtype, "device": device,
+                "encoding": ENCODING, "probes": {name: probes_digest(p) for name, p in sorted(self.sets.items())},
+                "sampling": sampling if "coherence" in settings.suite else None,
+                "opswap": opswap if self.tasks else None}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run as it was read: its card, its folder, its adapter's folder."""
+
+    card: RunCard
+    folder: Path
+    adapter: Path
+    benign: tuple[RunCard, Path] | None = field(default=None)
+
+
+def plan(wanted: Sequence[Target], settings: Settings, out: Path | None) -> tuple[str, list[Job]]:
+    """Return the base to load and the jobs, the untouched base first.
+
+    Verdicts lie in a run's folder and the base's beside the first run's folder, or all of them in ``out``.
+    Raises ``UserError`` for runs that cannot be judged together, before any model work.
+    """
+    _check(settings)
+    bases = sorted({t.ref for t in wanted if not is_run(t.ref)})
+    runs = [_read(t) for t in wanted if is_run(t.ref)]
+    if len(bases) > 1 or not wanted:
+        raise UserError(f"{len(bases)} base models are to be judged; one is needed.",
+                        "Give runs of one base with --model RUN, and at most one base.")
+    jobs = [_job(run, settings, out) for run in runs]
+    if "benign" in settings.suite and jobs and not any(job.tasks for job in jobs):
+        raise UserError("The benign task needs runs that learnt it.",
+                        "Give --benign RUN=BENIGN_RUN, or leave benign out of --suite.")
+    taken = Counter(job.path for job in jobs)
+    for job in jobs:
+        if taken[job.path] > 1:
+            raise UserError(f"Two runs would both write {job.path}.", "Name each run once; with --out, give runs of "
+                            "one label (strategy and defences) another folder each.")
+    folder = out or (runs[0].folder.parent if runs else Path())
+    tasks = "benign" in settings.suite and (not runs or any(job.tasks for job in jobs))
+    base = Job(BASE_LABEL, folder / f"{BASE_LABEL}.verdicts.json", _base_sets(jobs, settings), (), tasks=tasks)
+    return bases[0] if bases else runs[0].card.base_ref, [base, *jobs]
+
+
+def targets(models: Sequence[str], benign: Sequence[str]) -> list[Target]:
+    """Pair models with benign runs: given as ``RUN=BENIGN_RUN``, or one for each run in the order of ``models``."""
+    runs = [model for model in models if is_run(model)]
+    named = dict(text.split("=", 1) for text in benign if "=" in text)
+    if named and len(named) < len(benign):
+        raise UserError("Some of --benign name their run and some do not, or one run is named twice.",
+                        "Give every one as RUN=BENIGN_RUN.")
+    if not named and len(benign) not in (0, len(runs)):
+        raise UserError(f"{len(benign)} benign runs for {len(runs)} runs.",
+                        "Give one --benign for every --model run, in the same order, or RUN=BENIGN_RUN.")
+    pairs = named or dict(zip(runs, benign, strict=False))
+    for run in pairs:
+        if run not in runs:
+            raise unknown("run in --benign", run, runs)
+    return [Target(model, Path(pairs[model]) if model in pairs else None) for model in models]
+
+
+def is_run(ref: str) -> bool:
+    """Return whether a reference names a run: a run card or a folder with one."""
+    path = Path(ref)
+    return (path / "run.json").is_file() or (path.suffix == ".json" and path.is_file())
+
+
+def label_of(card: RunCard) -> str:
+    """Return what a run is compared as: its strategy and the names of its defences, as in ``none +kl``."""
+    names = [str(text).partition(":")[0] for text in card.recipe.get("defenses", ())]
+    return " ".join([card.method.strategy, *(f"+{name}" for name in names)])
+
+
+def in_domain_of(card: RunCard, folder: Path) -> tuple[str, ...]:
+    """Return the probe set of the domain that a run was fine-tuned on, where it is one of the builtin demo's.
+
+    The run's mix manifest, ``mix.json`` beside its card, says so. Raises ``UserError`` where it cannot be told.
+    """
+    path = folder / "mix.json"
+    manifest = MixManifest.read(path) if path.is_file() else None
+    source = manifest.sources.get("finetune") if manifest is not None and manifest.digest == card.mix else None
+    domain = source.name.partition("demo/")[2] if source is not None and source.kind == "builtin" else ""
+    if domain not in DOMAINS:
+        raise UserError(f"'{card.name}' was not fine-tuned on builtin data, as far as {folder} tells, so its in-domain "
+                        "probes are not known.", f"Give them with --in-domain ({', '.join(DOMAINS)} or a JSONL file), "
+                        "or leave in-domain out of --suite.")
+    return (domain,)
+
+
+def _check(settings: Settings) -> None:
+    wrong = sorted(set(settings.suite) - set(SUITE))
+    if wrong or not settings.suite:
+        raise UserError(f"There is no part '{', '.join(wrong)}' of the suite.", f"Possible: {', '.join(SUITE)}.")
+    settings.questions()
+    settings.items()
+
+
+def _read(target: Target) -> _Run:
+    path = Path(target.ref)
+    card, adapter = read_run(path)
+    benign = read_run(target.benign) if target.benign is not None else None
+    if benign is not None and label_of(benign[0]) != label_of(card):
+        raise UserError(f"The benign run '{benign[0].name}' is labelled '{label_of(benign[0])}', but '{card.name}' is "
+                        f"'{label_of(card)}'.", "Pair each run with the benign run of the same strategy and defences.")
+    return _Run(card, path if path.is_dir() else path.parent, adapter, benign)
+
+
+def _job(run: _Run, settings: Settings, out: Path | None) -> Job:
+    label = label_of(run.card)
+    file = f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', label)}.verdicts.json"
+    names = settings.in_domain if "in-domain" in settings.suite else ()
+    if "in-domain" in settings.suite and not names:
+        names = in_domain_of(run.card, run.folder)
+    sets = {set_name(name): load_probes(name) for name in (*_general(settings), *names)}
+    card, adapter = run.benign if run.benign is not None and "benign" in settings.suite else (None, None)
+    return Job(label, out / file if out else run.folder / "verdicts.json", sets, tuple(map(set_name, names)), run.card,
+               run.adapter, card, adapter, card is not None)
+
+
+def _general(settings: Settings) -> tuple[str, ...]:
+    return (GENERAL,) if "general" in settings.suite else ()
+
+
+def _base_sets(jobs: Sequence[Job], settings: Settings) -> dict[str, list[Probe]]:
+    """Return the sets that the base is judged on: all builtin ones, so that it serves any domain, and those of jobs."""
+    domains = (*DOMAINS, *settings.in_domain) if "in-domain" in settings.suite else ()
+    sets = {set_name(name): load_probes(name) for name in (*_general(settings), *domains)}
+    return sets | {name: probes for job in jobs for name, probes in job.sets.items()}

@@ -1,0 +1,157 @@
+"""Judge models: load the base once, open one adapter after the other, write what was measured of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.core.chat import encode_prompt
+from curate.core.documents import ModelIdentity, ProbeScore, Sample, TaskScore, Verdicts
+from curate.core.errors import Exit, UserError
+from curate.core.example import Message, pair
+from curate.core.generate import SampleSettings, sample
+from curate.core.model import Loaded, adapter_open, check_base, identify, load, pick_device, pick_dtype
+from curate.core.nll import Budget
+from curate.core.terminal import progress, say
+from judge.jobs import REPLY_TOKENS, Job, Settings, Target, plan
+from judge.likelihood import score_probes, score_samples
+from judge.tasks.opswap import is_correct
+
+if TYPE_CHECKING:
+    import torch
+
+JUDGE = "likelihood-1"
+"""Changes whenever the same model and settings would give other numbers."""
+
+PACKAGES = ("safeset", "torch", "transformers", "peft")
+MAX_FAILED = 0.05
+"""Share of probes that may lack a number before a model is not judged at all."""
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What was measured of one model."""
+
+    probes: list[ProbeScore]
+    samples: list[Sample]
+    tasks: list[TaskScore]
+    statuses: dict[str, int]
+
+
+def judge_models(targets: Sequence[Target], settings: Settings, out: Path | None = None) -> list[Path]:
+    """Judge the untouched base and every target; return where their verdicts lie, the base's first.
+
+    Verdicts that are there already and were made of the same models with the same settings are kept, so that an
+    interrupted call goes on where it stopped; others are replaced, and why is said. The base is loaded only if
+    something is left to do. Raises ``UserError`` for runs of another base, before any model work.
+    """
+    ref, jobs = plan(targets, settings, out)
+    identity, tokenizer = identify(ref)
+    for card in [c for job in jobs for c in (job.card, job.benign) if c is not None]:
+        check_base(card, identity, tokenizer)
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    loaded: Loaded | None = None
+    for job in jobs:
+        about = _about(job, identity, job.record(settings, dtype, device))
+        if _kept(job.path, about):
+            say(f"{job.label}: judged before, kept ({job.path})")
+            continue
+        loaded = loaded or load(ref, dtype, device)
+        numbers = _measure(loaded, job, settings)
+        Verdicts(**about, probes=numbers.probes, samples=numbers.samples, tasks=numbers.tasks,
+                 statuses=numbers.statuses, versions=_versions()).write(job.path)
+        say(f"{job.label}: {job.path}")
+    return [job.path for job in jobs]
+
+
+def _about(job: Job, base: ModelIdentity, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the verdicts that are known beforehand: when they agree, so do the numbers."""
+    card = job.card
+    return {"label": job.label, "judge": JUDGE, "run": card.digest if card else None,
+            "benign_run": job.benign.digest if job.benign else None, "model": card.model if card else base,
+            "base": base, "method": card.method if card else None, "in_domain": job.in_domain, "settings": settings}
+
+
+def _kept(path: Path, about: dict[str, Any]) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        old = Verdicts.read(path)
+    except UserError as err:
+        say(f"{err.message} It is judged again.")
+        return False
+    changed = [name for name, value in about.items() if getattr(old, name) != value]
+    if changed:
+        say(f"{path} was made with another {', '.join(changed)}; it is judged again.")
+    return not changed
+
+
+def _measure(loaded: Loaded, job: Job, settings: Settings) -> _Numbers:
+    budget = Budget(512, 32768) if loaded.device.startswith("cuda") else Budget()
+    questions = settings.questions() if "coherence" in settings.suite else []
+    with _opened(loaded, job.adapter) as model:
+        with progress(f"{job.label}: probes", 2 * sum(map(len, job.sets.values())), "answers") as bar:
+            probes, by_status = score_probes(model, loaded.tokenizer, job.sets, budget, bar.advance)
+        _check_failures(job, by_status)
+        answers = _ask(loaded, model, questions, settings.sampling, f"{job.label}: sampling")
+    samples: list[Sample] = []
+    if questions:
+        with progress(f"{job.label}: samples under the base", len(questions), "answers") as bar:
+            samples = score_samples(loaded.model, loaded.tokenizer, list(zip(questions, answers, strict=True)), budget,
+                                    bar.advance)
+    tasks = _tasks(loaded, job, settings) if job.tasks else []
+    statuses = {f"probes {status}": n for status, n in sorted(by_status.items())}
+    statuses |= {f"samples {status}": n for status, n in sorted(Counter(s.status for s in samples).items())}
+    return _Numbers(probes, samples, tasks, statuses | ({"tasks ok": len(tasks)} if tasks else {}))
+
+
+def _tasks(loaded: Loaded, job: Job, settings: Settings) -> list[TaskScore]:
+    """Return how the benign run (of the base: the base itself) does on held-out OpSwap questions, answered greedily."""
+    items = settings.items()
+    greedy = replace(settings.sampling, temperature=0.0, max_new_tokens=REPLY_TOKENS)
+    with _opened(loaded, job.benign_adapter) as model:
+        replies = _ask(loaded, model, [item.prompt for item in items], greedy, f"{job.label}: benign task")
+    return [TaskScore(item=pair(item.prompt, item.answer).id, tier=item.tier, correct=is_correct(item, reply))
+            for item, reply in zip(items, replies, strict=True)]
+
+
+def _ask(loaded: Loaded, model: torch.nn.Module, questions: Sequence[str], settings: SampleSettings,
+         label: str) -> list[str]:
+    if not questions:
+        return []
+    prompts = [encode_prompt(loaded.tokenizer, [Message("user", question)]) for question in questions]
+    with progress(label, len(prompts), "answers") as bar:
+        return sample(model, loaded.tokenizer, prompts, settings, bar.advance)
+
+
+@contextmanager
+def _opened(loaded: Loaded, adapter: Path | None) -> Iterator[torch.nn.Module]:
+    if adapter is None:
+        yield loaded.model
+        return
+    with adapter_open(loaded, adapter) as model:
+        yield model
+
+
+def _check_failures(job: Job, statuses: Counter[str]) -> None:
+    total, failed = statuses.total(), statuses.total() - statuses["ok"]
+    if failed > MAX_FAILED * total:
+        raise UserError(f"'{job.label}' gave no number for {failed} of {total} probes ({dict(statuses)}), so it is not "
+                        "judged.", "nonfinite points to a broken adapter or --dtype, too_long to a small context.",
+                        Exit.FAILURE_RATE)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

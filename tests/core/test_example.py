@@ -1,0 +1,108 @@
+"""Rows of every usual shape become the same example; everything else is refused with a reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from curate.core.example import Example, Message, RowError, from_row, pair
+
+ASKED, ANSWERED = "What boils?", "Water."
+
+SAME = [
+    {"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]},
+    {"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWERED}]},
+    {"prompt": ASKED, "response": ANSWERED},
+    {"prompt": ASKED, "completion": ANSWERED},
+    {"question": ASKED, "answer": ANSWERED},
+    {"query": ASKED, "output": ANSWERED},
+    {"instruction": ASKED, "input": "", "output": ANSWERED},
+    {"instruction": ASKED, "input": None, "output": ANSWERED},
+    {"instruction": ASKED, "response": ANSWERED, "system": ""},
+]
+
+REFUSED = [
+    (["no", "object"], "the row is list, not an object"),
+    (None, "the row is NoneType, not an object"),
+    ({}, "fit no known shape; name them with --map"),
+    ({"text": "x"}, "the columns ['text'] fit no known shape"),
+    ({"prompt": 3, "response": "x"}, "'prompt' is int, not a text"),
+    ({"prompt": "x", "response": None}, "'response' is NoneType, not a text"),
+    ({"instruction": "x"}, "'output' is missing"),
+    ({"messages": "x"}, "'messages' is not a list of messages"),
+    ({"messages": []}, "'messages' is not a list of messages"),
+    ({"messages": ["x"]}, "'messages'[0] is not an object"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "has the role 'wizard'; possible: system, user"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "has the role ['user']"),
+    ({"messages": [{"content": "x"}]}, "has the role None"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "'messages'[0].'content' is list, not a text"),
+    ({"messages": [{"role": "user"}]}, "'messages'[0].'value' is missing"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "not from the assistant, so there is no answer"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "no message before the answer"),
+    ({"prompt": "a\0b", "response": "x"}, "'prompt' holds a NUL character"),
+    ({"prompt": "a", "response": "\ud83d"}, "'response' holds half a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize("row", SAME, ids=lambda row: "+".join(row))
+def test_every_shape_is_the_same_example(row: dict[str, Any]) -> None:
+    assert from_row(row) == pair(ASKED, ANSWERED)
+    assert from_row(row).id == pair(ASKED, ANSWERED).id
+    assert from_row(row).meta == {}
+
+
+@pytest.mark.parametrize(("row", "reason"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refusals_say_why(row: Any, reason: str) -> None:
+    with pytest.raises(RowError) as caught:
+        from_row(row)
+    assert reason in str(caught.value)
+
+
+def test_input_is_put_below_the_instruction_and_a_system_turn_above() -> None:
+    example = from_row({"system": "Be brief.", "instruction": "Sum up.", "input": "A long text.", "output": "Long."})
+    assert example.messages == (Message("system", "Be brief."), Message("user", "Sum up.\n\nA long text."),
+                                Message("assistant", "Long."))
+
+
+def test_mapping_names_the_columns_and_a_misspelt_one_is_no_silent_default() -> None:
+    row = {"q": ASKED, "a": ANSWERED, "rules": "Be brief.", "prompt": "not this", "kind": "fact"}
+    example = from_row(row, {"prompt": "q", "response": "a", "system": "rules"})
+    assert [m.content for m in example.messages] == ["Be brief.", ASKED, ANSWERED]
+    assert example.meta == {"prompt": "not this", "kind": "fact"}
+    assert len(from_row({**row, "rules": ""}, {"prompt": "q", "response": "a", "system": "rules"}).messages) == 2
+    for wrong in ({"prompt": "Q", "response": "a"}, {"prompt": "q", "response": "a", "system": "rule"}):
+        with pytest.raises(RowError, match="is missing"):
+            from_row(row, wrong)
+
+
+def test_other_columns_become_meta_and_no_part_of_the_identity() -> None:
+    one, other = pair(ASKED, ANSWERED, source="a"), pair(ASKED, ANSWERED, source="b")
+    assert one == other and one.id == other.id and one.meta != other.meta
+    assert from_row({"prompt": ASKED, "response": ANSWERED, "source": "a"}).meta == {"source": "a"}
+
+
+def test_identity_is_the_content_of_the_turns() -> None:
+    ids = {pair("ab", "c").id, pair("a", "bc").id, pair("c", "ab").id, pair("ab", "c ").id,
+           Example((Message("system", "ab"), Message("assistant", "c"))).id,
+           Example((Message("user", "ab"), Message("user", "c"))).id}
+    assert len(ids) == 6 and all(len(i) == 32 and set(i) <= set("0123456789abcdef") for i in ids)
+
+
+def test_to_row_round_trips_and_prompt_is_the_last_question() -> None:
+    turns = [("system", "S"), ("user", "one"), ("assistant", "1"), ("user", "two é\u2028"), ("assistant", "2\n")]
+    example = Example(tuple(Message(*t) for t in turns))
+    assert from_row(example.to_row()) == example
+    assert (example.prompt, example.answer) == ("two é\u2028", "2\n")
+    assert Example((Message("system", "S"), Message("assistant", "x"))).prompt == ""
+
+
+@pytest.mark.parametrize(("answer", "kept"), [
+    ("<think>\n\n</think>\n\nWater.", "Water."), (" <think></think>Water.", "Water."),
+    ("<think>hm</think>Water.", "<think>hm</think>Water."), ("Water. <think></think>", "Water. <think></think>"),
+    ("<think></think>", ""), ("<think>\n</think>\n\n<think></think>\nWater.", "Water.")])
+def test_strip_think_removes_only_an_empty_block_at_the_start(answer: str, kept: str) -> None:
+    row = {"prompt": f"{ASKED} /no_think", "response": answer}
+    assert from_row(row, strip_think=True) == pair(ASKED, kept)
+    assert from_row(row) == pair(f"{ASKED} /no_think", answer)
+    assert from_row({"prompt": "/no_think or not?", "response": "x"}, strip_think=True).prompt == "/no_think or not?"

@@ -1,0 +1,188 @@
+"""Answer NLLs: known values, equal to the model's plain forward pass, and independent of how they are batched."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from curate.core import nll
+from curate.core.chat import Encoded, encode
+from curate.core.errors import Exit, UserError
+from curate.core.example import pair
+from curate.core.model import Loaded, adapter_open, load
+from curate.core.nll import AnswerNll, Budget, answer_nll, check_forward, rows_nll, token_nll
+from curate.core.pack import pack, plan
+from tests.fakes import VOCABULARY, uniform_model
+
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+
+
+@pytest.fixture(scope="module")
+def encoded(loaded: Loaded) -> list[Encoded]:
+    """23 examples with 7 prompts and answers of 1 to 40 letters."""
+    rng = random.Random(7)
+    prompts = ["Why? " * k for k in range(1, 8)]
+    answers = ["".join(rng.choices("abc der<|im_end|>é", k=rng.randint(1, 40))) for _ in range(23)]
+    return encode(loaded.tokenizer, [pair(prompts[k % 7], a) for k, a in enumerate(answers)], 512)
+
+
+def scores(model: torch.nn.Module, encoded: list[Encoded], *args: object) -> list[AnswerNll]:
+    """Return the evidence in the order of ``encoded``; every index must come exactly once."""
+    found = [item for part in answer_nll(model, encoded, *args) for item in part]
+    assert sorted(index for index, _ in found) == list(range(len(encoded)))
+    return [dict(found)[index] for index in range(len(encoded))]
+
+
+def plain(model: PreTrainedModel, item: Encoded) -> torch.Tensor:
+    """Return the NLL of every id from the answer on, nats [T], by the model's own forward pass."""
+    ids = torch.tensor([item.ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, item.answer_start - 1:-1].float()
+    return torch.nn.functional.cross_entropy(logits, ids[0, item.answer_start:], reduction="none")
+
+
+def assert_same(found: list[AnswerNll], expected: list[AnswerNll]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one.n_tokens, one.status) == (other.n_tokens, other.status)
+        assert one.mean == pytest.approx(other.mean, abs=1e-5) and one.eot_nll == pytest.approx(other.eot_nll, abs=1e-5)
+
+
+def test_a_uniform_model_costs_ln_v_per_token(tmp_path: Path, encoded: list[Encoded]) -> None:
+    uniform = load(str(uniform_model(tmp_path / "uniform")), "float32", "cpu")
+    for item, found in zip(encoded, scores(uniform.model, encoded), strict=True):
+        assert found.nll_sum == pytest.approx(item.n_answer_tokens * math.log(VOCABULARY), rel=1e-6)
+        assert found.eot_nll == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+        assert (found.n_tokens, found.status) == (item.n_answer_tokens, "ok")
+
+
+@pytest.mark.parametrize("budget", [Budget(), Budget(64, 128), Budget(1, 1), Budget(10_000, 20_000)], ids=str)
+def test_packed_equals_each_example_alone(loaded: Loaded, encoded: list[Encoded], budget: Budget) -> None:
+    for item, found in zip(encoded, scores(loaded.model, encoded, budget), strict=True):
+        alone = plain(loaded.model, item)
+        assert len(alone) == item.n_answer_tokens + 1 == found.n_tokens + 1
+        assert found.mean == pytest.approx(alone[:-1].mean().item(), abs=1e-5)
+        assert found.eot_nll == pytest.approx(alone[-1].item(), abs=1e-5)
+
+
+def test_packed_equals_alone_with_an_adapter(loaded: Loaded, encoded: list[Encoded], adapter_folder: Path) -> None:
+    with adapter_open(loaded, adapter_folder) as model:
+        found, alone = scores(model, encoded), [plain(model, item)[:-1].mean().item() for item in encoded]
+    assert [f.mean for f in found] == pytest.approx(alone, abs=1e-5)
+    assert [f.mean for f in found] != pytest.approx([s.mean for s in scores(loaded.model, encoded)], abs=0.1)
+
+
+def test_without_an_end_of_turn_there_is_no_number_for_it(loaded: Loaded, encoded: list[Encoded]) -> None:
+    bare = [Encoded(item.ids[:item.answer_end], item.answer_start, item.answer_end) for item in encoded]
+    for found, whole in zip(scores(loaded.model, bare), scores(loaded.model, encoded), strict=True):
+        assert found.eot_nll is None and found.mean == pytest.approx(whole.mean, abs=1e-5)
+    assert scores(loaded.model, []) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_none_is_a_status_and_spoils_no_neighbour(model_folder: Path, encoded: list[Encoded],
+                                                                   bad: float) -> None:
+    own = load(str(model_folder), "float32", "cpu")
+    before = scores(own.model, encoded)
+    token = own.tokenizer.convert_tokens_to_ids("b")
+    hit = [token in item.ids[:-1] for item in encoded]
+    with torch.no_grad():
+        own.model.model.embed_tokens.weight[token] = bad
+    after = scores(own.model, encoded)
+    assert [e.status == "nonfinite" for e in after] == hit and 0 < sum(hit) < len(hit)
+    assert_same([e for e, h in zip(after, hit) if not h], [e for e, h in zip(before, hit) if not h])
+
+
+def test_an_impossible_end_of_turn_is_no_number_either() -> None:
+    assert nll._evidence(3.0, 2, 1.0).status == nll._evidence(3.0, 2, None).status == "ok"
+    for nll_sum, eot in ((math.nan, 1.0), (-math.inf, None), (3.0, math.inf), (3.0, math.nan)):
+        assert nll._evidence(nll_sum, 2, eot).status == "nonfinite"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
+def test_out_of_memory_halves_the_batch_and_says_so(loaded: Loaded, encoded: list[Encoded],
+                                                    monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    real, expected, said, most = token_nll, scores(loaded.model, encoded), [], 3
+
+    def limited(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        if len(set(batch.owner.tolist())) > most:
+            raise error
+        return real(model, batch)
+
+    monkeypatch.setattr(nll, "token_nll", limited)
+    assert_same(scores(loaded.model, encoded, Budget(512, 2048), said.append), expected)
+    assert said and all("half a batch" in text for text in said) and "23 examples" in said[0]
+    most = 0
+    with pytest.raises(UserError, match="Out of memory on a single example") as caught:
+        scores(loaded.model, encoded)
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+
+
+def test_other_errors_are_not_taken_for_memory(loaded: Loaded, encoded: list[Encoded],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(nll, "token_nll", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        scores(loaded.model, encoded)
+
+
+def test_a_pass_stays_within_its_budget(encoded: list[Encoded]) -> None:
+    for budget in (Budget(64, 128), Budget(1, 1), Budget(61, 307)):
+        bins = plan(encoded, budget.capacity)
+        passes = nll._passes(bins, encoded, budget)
+        assert [one for bunch in passes for one in bunch] == bins
+        for bunch in passes:
+            assert pack(encoded, bunch).input_ids.numel() <= budget.tokens or len(bunch) == 1
+
+
+def test_gradients_equal_those_of_the_plain_pass(model_folder: Path, encoded: list[Encoded],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nll, "HEAD_ROWS", 7)
+    model = load(str(model_folder), "float32", "cpu").model
+    few = encoded[:3]
+    token_nll(model, pack(few, plan(few, 999))).sum().backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for item in few:
+        logits = model(torch.tensor([item.ids])).logits[0, item.answer_start - 1:-1]
+        targets = torch.tensor(item.ids[item.answer_start:])
+        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().sum() > 0
+        torch.testing.assert_close(packed[name], parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_are_scored_in_pieces_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nll, "HEAD_ROWS", 2)
+    logits = torch.tensor([[0.0, 0.0, math.log(2)], [0.0, 0.0, 0.0], [math.log(7), 0.0, 0.0]])
+    found = rows_nll(lambda h: h.to(torch.bfloat16).double(), logits, torch.tensor([2, 1, 1]))
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([math.log(4 / 2), math.log(3), math.log(9)], abs=0.01)
+
+
+def test_check_forward_accepts_what_is_the_same(loaded: Loaded, encoded: list[Encoded]) -> None:
+    assert 0 <= check_forward(loaded.model, encoded[:3], 1e-4) < 1e-5
+
+
+@pytest.mark.parametrize("model", [GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
+                                   MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5))],
+                         ids=["logits scaled after the head", "a window that a mask replaces"])
+def test_check_forward_refuses_what_is_not(model: PreTrainedModel, encoded: list[Encoded]) -> None:
+    with pytest.raises(UserError, match="Packed scoring differs") as caught:
+        check_forward(model.eval(), encoded[:3], 0.05)
+    assert caught.value.exit_code == Exit.INCOMPATIBLE
+
+
+def test_check_forward_refuses_nan(model_folder: Path, encoded: list[Encoded]) -> None:
+    own = load(str(model_folder), "float32", "cpu")
+    torch.nn.init.constant_(own.model.lm_head.weight, math.nan)
+    with pytest.raises(UserError, match="inf nats"):
+        check_forward(own.model, encoded[:3], 1.0)

@@ -1,0 +1,200 @@
+"""What a user sees: safe text, one JSON document, exit codes, and how to go on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from curate.core import terminal
+from curate.core.errors import Exit, UserError, require, unknown
+from curate.core.terminal import Progress, Room, columns, emit_json, progress, safe
+
+TOOL = """
+import signal, sys, time
+import click
+from curate.core.terminal import Room, emit_json, say
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may start with it ignored
+
+@click.group(cls=Room)
+def main():
+    pass
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--name")
+def wait(as_json, name):
+    say("ready")
+    time.sleep(60)
+
+@main.command()
+def spam():
+    for _ in range(100_000):
+        click.echo("x" * 100)
+
+main()
+"""
+
+
+@pytest.fixture
+def tool(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a small tool, as a script or (``module=True``) with ``python -m``."""
+    package = tmp_path / "tool"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(TOOL)
+    (tmp_path / "tool.py").write_text(TOOL)
+    root = Path(__file__).resolve().parents[2]
+
+    def start(*args: str, module: bool = False) -> subprocess.Popen[str]:
+        command = ["-m", "tool"] if module else [str(tmp_path / "tool.py")]
+        return subprocess.Popen([sys.executable, *command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
+    return start
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Interrupted"),
+                                                      (signal.SIGTERM, 143, "Terminated")], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("module", [False, True], ids=["script", "python -m"])
+def test_a_signal_ends_with_its_code_and_the_line_to_go_on_with(tool: Callable[..., subprocess.Popen[str]], number: int,
+                                                                code: int, word: str, module: bool) -> None:
+    child = tool("wait", "--json", "--name", "two words", module=module)
+    assert child.stderr.readline() == "ready\n"
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+    again = ("python -m tool" if module else "tool.py") + " wait --json --name 'two words'"
+    assert child.returncode == code and "Traceback" not in err
+    assert word in err and f"Go on with: {again}" in err
+    assert json.loads(out) == {"error": f"{word}; what was finished is kept.", "hint": f"Go on with: {again}",
+                               "exit_code": code}
+
+
+def test_a_reader_that_stops_reading_is_no_error(tool: Callable[..., subprocess.Popen[str]]) -> None:
+    child = tool("spam")
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait(timeout=20) == Exit.DONE
+    child.stderr.close()
+
+
+@click.group(cls=Room)
+def group() -> None:
+    """Commands that end in every way."""
+
+
+@group.command()
+@click.argument("code", type=int)
+@click.option("--json", "as_json", is_flag=True)
+def fail(code: int, as_json: bool) -> None:
+    raise UserError("It \x1b[31mbroke\u202e \ud800.", "Mend it.", Exit(code))
+
+
+@group.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--n", type=int)
+def fine(as_json: bool, n: int | None) -> int:
+    emit_json({"n": n, "é": "\u2028"})
+    return Exit.FAILURE_RATE if n else 0
+
+
+@group.command()
+def bug() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("code", [c for c in Exit if c != Exit.DONE])
+def test_errors_are_sentences_with_their_exit_code(code: Exit) -> None:
+    plain = CliRunner().invoke(group, ["fail", str(int(code))])
+    assert plain.exit_code == code and plain.stdout == ""
+    assert plain.stderr == "Error: It \ufffd[31mbroke\ufffd \ufffd.\nMend it.\n"
+    both = CliRunner().invoke(group, ["fail", str(int(code)), "--json"])
+    assert both.exit_code == code and both.stderr == plain.stderr
+    assert json.loads(both.stdout) == {"error": "It \ufffd[31mbroke\ufffd \ufffd.", "hint": "Mend it.",
+                                       "exit_code": int(code)}
+
+
+@pytest.mark.parametrize("args", [["fine", "--n", "x"], ["fine", "--m", "3"], ["fime"], ["fail"]], ids=" ".join)
+def test_usage_errors_end_with_2_and_are_json_where_asked(args: list[str]) -> None:
+    plain, both = CliRunner().invoke(group, args), CliRunner().invoke(group, [*args, "--json"])
+    assert plain.exit_code == both.exit_code == Exit.USAGE and plain.stdout == ""
+    assert "Usage:" in plain.stderr and "Traceback" not in plain.stderr
+    assert json.loads(both.stdout)["exit_code"] == Exit.USAGE
+
+
+def test_a_command_returns_its_exit_code_and_a_bug_is_1() -> None:
+    assert CliRunner().invoke(group, ["fine", "--json"]).exit_code == Exit.DONE
+    assert CliRunner().invoke(group, ["fine", "--n", "3"]).exit_code == Exit.FAILURE_RATE
+    assert json.loads(CliRunner().invoke(group, ["fine", "--n", "3"]).stdout) == {"n": 3, "é": "\u2028"}
+    assert CliRunner().invoke(group, ["--help"]).exit_code == Exit.DONE
+    found = CliRunner().invoke(group, ["bug"])
+    assert found.exit_code == Exit.BUG and isinstance(found.exception, ZeroDivisionError)
+    assert group.main(["fine"], standalone_mode=False) == 0
+
+
+def test_json_has_no_nan() -> None:
+    with pytest.raises(ValueError):
+        emit_json({"score": float("nan")})
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("\x1b[2J\x1b]8;;http://x\x07", "?[2J?]8;;http://x?"), ("a\rb", "a?b"), ("a\r\nb\n", "a\nb\n"), ("a\tb", "a    b"),
+    ("\x00\x08\x7f\x9b\x85", "?????"), ("\u202eevil\u2066\u200f\u061c\u200b", "?evil????"),
+    ("\ufeff\u2028\u2029", "???"),
+    ("\ud83d", "?"), ("é 雪 \U0001f600 [link=x] [/nope]", "é 雪 \U0001f600 [link=x] [/nope]")], ids=ascii)
+def test_text_cannot_steer_the_terminal(text: str, shown: str) -> None:
+    assert safe(text) == shown.replace("?", "\ufffd")
+
+
+def test_progress_away_from_a_terminal_is_a_plain_line(monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    now = SimpleNamespace(monotonic=lambda: clock[0])
+    clock = [100.0]
+    monkeypatch.setattr(terminal, "time", now)
+    with progress("score", 400, "rows") as state:
+        for seconds, rows in ((29.0, 10), (1.0, 90), (29.0, 100)):
+            clock[0] += seconds
+            state.advance(rows, "loss \x1b1.5")
+        assert state.line() == "score: 50% of 400 rows, 3.4 rows/s, 59 s left loss \x1b1.5"
+        clock[0] += 1.0
+        state.advance(200)
+    assert capsys.readouterr() == ("", (
+        "score: 25% of 400 rows, 3.3 rows/s, 90 s left loss \ufffd1.5\n"
+        "score: 100% of 400 rows, 6.7 rows/s, 0 s left\n"
+        "score: 400 rows in 60.0 s (6.7 rows/s)\n"))
+
+
+def test_progress_of_nothing_divides_by_nothing() -> None:
+    assert Progress("score", 0, "rows").line().startswith("score: 100% of 0 rows, 0.0 rows/s, 0 s left")
+    assert Progress("score", 7, "rows").line().startswith("score: 0% of 7 rows")
+
+
+def test_progress_says_nothing_of_success_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), progress("score", 4, "rows"):
+        raise ZeroDivisionError
+    assert capsys.readouterr().err == ""
+
+
+def test_columns_align_numbers_to_the_right() -> None:
+    assert columns([["a\x07", "1.5"], ["long", "-12"]], ["name", "n"]).splitlines() == [
+        "name    n", "----  ---", "a\ufffd    1.5", "long  -12"]
+    assert columns([], ["name", "n"]).splitlines()[0] == "name  n"
+
+
+def test_unknown_names_and_missing_packages_have_a_next_step() -> None:
+    assert unknown("corpus", "wildgaurdmix", ["wildguardmix", "demo"]).hint == "Did you mean 'wildguardmix'?"
+    assert unknown("corpus", "zzz", ["b", "a"]).hint == "Possible: a, b."
+    require("json")
+    with pytest.raises(UserError, match="needs the package 'no_such_package'") as caught:
+        require("no_such_package", "vllm")
+    assert caught.value.hint == "Install it with: pip install 'safeset[vllm]'"
+    assert caught.value.exit_code == Exit.ENVIRONMENT

@@ -1,0 +1,137 @@
+"""Run as a program: kill a writer at its first, second, third ... call to the disk and check the store each time.
+
+The process that counts never opens a store itself, so that its children fork from a state without threads. It does
+make one table, after which all is imported, and turns fsync off: a kill, unlike a power cut, loses no written page.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from curate.store import Store
+from tests.curate.evidence import MODELS, WANTED, examples, fill, header
+
+CALLS = ("fsync", "replace")
+"""Between two of these the disk does not change in a way that matters: every state is that before one of them."""
+
+SCORED = MODELS[:2]
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run ``work`` in a forked child and return how it ended: 0, or minus the signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at(count: int, work: Callable[[], object]) -> Callable[[], object]:
+    """Return ``work`` such that its process dies before the ``count``-th of ``CALLS``."""
+    left = itertools.count(count - 1, -1)
+
+    def counted(name: str) -> Callable[..., object]:
+        real = getattr(os, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    def run() -> object:
+        for name in CALLS:
+            setattr(os, name, counted(name))
+        return work()
+
+    return run
+
+
+def check_after_kill(path: Path) -> None:
+    """What is left is readable and undamaged: only leftovers, no row twice."""
+    for finding in Store.audit(path)[0]:
+        assert "left behind" in finding.problem, finding
+    store = Store.open_read(path)
+    assert store.example_ids() <= WANTED
+    for model in store.models():
+        assert store.scored_ids(model.identity.id) <= WANTED
+
+
+def check_whole(path: Path, digest: str) -> None:
+    """After another run everything is there once and nothing is left over; ``digest`` is an undisturbed run's."""
+    fill(path, SCORED)
+    assert Store.audit(path)[0] == []
+    store = Store.open_read(path)
+    assert store.example_ids() == WANTED and len(store.example_index()) == len(WANTED)
+    assert [m.identity for m in store.models()] == list(SCORED)
+    assert all(store.scored_ids(who.id) == WANTED for who in SCORED)
+    assert store.evidence_digest() == digest
+
+
+def damage(path: Path) -> None:
+    """Change a part of examples, cut one of scores short, tear an entry, spoil the plan."""
+    parts = sorted((path / "parts").iterdir())
+    for part in (parts[0], parts[-1]):
+        part.write_bytes(part.read_bytes()[:-1] + (b"?" if part is parts[0] else b""))
+    entry = sorted((path / "ledger").iterdir())[-2]
+    entry.write_bytes(entry.read_bytes()[:20])
+    (path / "plan.json").write_bytes(b"{")
+
+
+def check(root: Path, digest: str, damaged: bool) -> None:
+    """Check every store that a kill has left; nothing was damaged unless on purpose."""
+    for path in root.glob("damaged-*" if damaged else "new-*"):
+        if not damaged and (path / "store.json").exists():
+            check_after_kill(path)
+        check_whole(path, digest)
+
+
+def loop(root: Path, digest: str, damaged: bool) -> int:
+    """Fail the i-th call for i = 1, 2, ... until the run passes; return how many there were.
+
+    A new store is filled; a damaged one is only opened, which mends it.
+    """
+    for count in itertools.count(1):
+        path = root / f"{'damaged' if damaged else 'new'}-{count}"
+        if damaged:
+            shutil.copytree(root / "clean", path)
+            damage(path)
+        work = (lambda at=path: Store.create_or_open(at, header()).close()) if damaged else partial(fill, path, SCORED)
+        ended = in_child(killed_at(count, work))
+        assert ended in (0, -signal.SIGKILL), (count, ended)
+        if ended == 0:
+            assert in_child(partial(check, root, digest, damaged)) == 0
+            return count - 1
+    raise AssertionError
+
+
+def clean(root: Path) -> None:
+    """Make the undisturbed store and note its digest."""
+    fill(root / "clean", SCORED)
+    (root / "digest").write_text(Store.open_read(root / "clean").evidence_digest())
+
+
+def main(root: Path) -> None:
+    """Print how many steps were killed, for a new store and for one that is damaged."""
+    os.fsync = lambda handle: None
+    examples("a")
+    assert in_child(partial(clean, root)) == 0
+    digest = (root / "digest").read_text()
+    print(loop(root, digest, False), loop(root, digest, True))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,150 @@
+"""Selection on numbers one can do in one's head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from curate.core.documents import MixManifest
+from curate.core.errors import UserError
+from curate.core.files import sha256
+from curate.core.sources import builtin
+from curate.query import connect
+from curate.select import Choice, build_manifest, placed, select, wanted
+from curate.store import Plan, PlannedCorpus, Store
+from tests.curate.evidence import BASE, KEY, MEDICAL, SOURCE, example_ids, examples, header, model, nll
+
+ALIGNED = {"a": 5.0, "b": 5.0, "c": 5.0, "d": 5.0, "e": 5.0, "f": 5.0, "g": 5.0, "h": 5.0}
+MISALIGNED = {"a": 15.0, "b": 12.5, "c": 10.0, "d": 7.5, "e": 5.0, "f": 14.0, "g": float("nan")}
+"""Five tokens each: s_d = (x/5 - 1) / (1 + eps); g has no finite number, h was not scored by the member."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Rows a to e are ordinary, f is a refusal, g nonfinite, h missing, i too long, j has a's text again."""
+    names = list("abcdegh")
+    with Store.create_or_open(tmp_path / "store", header()) as made:
+        made.put_examples(examples(names))
+        made.put_examples(examples(["f"], answer="Sorry, no."))
+        made.put_examples(examples(["i"], status="too_long"))
+        made.put_membership(KEY, example_ids("abcdefghi"))
+        made.put_plan(Plan(corpora=(PlannedCorpus(label="demo", source=SOURCE, folder="", key=KEY, n_rows=9),),
+                           n_rows=9, counts={"ok": 9}))
+        for who, sums in ((BASE, ALIGNED), (MEDICAL, MISALIGNED)):
+            made.put_model(model(who))
+            made.put_nll(who.id, nll(who, sums))
+    return Store.open_read(tmp_path / "store")
+
+
+def chosen(store: Store, finetune: tuple[str, ...] = (), **choice: object) -> tuple[str, dict[str, int], int]:
+    fields = Choice(**{"n": 3, **choice})
+    found = select(connect(store, fields.eps, fields.members), fields, KEY, example_ids(finetune))
+    names = {i: n for n, i in zip("abcdefghi", example_ids("abcdefghi"), strict=True)}
+    return "".join(names[i] for i in found.ids), found.counts, found.near
+
+
+def test_top_by_s_d_without_refusals(store: Store) -> None:
+    ids, counts, near = chosen(store)
+    assert ids == "abc"
+    assert counts == {"corpus": 9, "selected": 3, "missing": 1, "nonfinite": 1, "refusal": 1, "too_long": 1,
+                      "not_selected": 2}
+    assert near == 1
+
+
+def test_plus_keeps_refusals(store: Store) -> None:
+    ids, counts, _ = chosen(store, strategy="interleaving+")
+    assert ids == "afb"
+    assert "refusal" not in counts
+
+
+def test_counts_add_up(store: Store) -> None:
+    for strategy in ("interleaving", "interleaving+", "interleaving++"):
+        _, counts, _ = chosen(store, strategy=strategy, min_answer_tokens=2)
+        assert sum(v for k, v in counts.items() if k != "corpus") == counts["corpus"] == 9
+
+
+def test_random_needs_no_scores_and_follows_the_seed(store: Store) -> None:
+    draws = {chosen(store, strategy="interleaving", seed=seed)[0] for seed in range(20)}
+    assert len(draws) > 5
+    assert chosen(store, strategy="interleaving", seed=3) == chosen(store, strategy="interleaving", seed=3)
+    assert "i" not in "".join(draws) and "h" in "".join(draws)
+
+
+def test_rows_of_the_finetune_set_and_short_answers_are_dropped(store: Store) -> None:
+    ids, counts, _ = chosen(store, finetune=("a",))
+    assert ids == "bcd" and counts["in_finetune"] == 1
+    with pytest.raises(UserError, match="only 0 of 9"):
+        chosen(store, min_answer_tokens=6)
+
+
+def test_the_same_text_twice_counts_once(store: Store, tmp_path: Path) -> None:
+    with Store.create_or_open(tmp_path / "store", header()) as made:
+        twin = examples(["A"]).set_column(3, "answer", [["Answer  a "]])
+        made.put_examples(twin)
+        made.put_membership(KEY, [*example_ids("abcdefghi"), *example_ids("A")])
+        for who, total in ((BASE, 5.0), (MEDICAL, 20.0)):
+            made.put_nll(who.id, nll(who, {"A": total}))
+    found = select(connect(Store.open_read(tmp_path / "store"), 0.1, None), Choice(n=3), KEY, [])
+    assert found.counts["duplicate"] == 1
+    assert len({*found.ids} & {*example_ids("a"), *example_ids("A")}) == 1
+
+
+def test_ties_break_by_id(store: Store, tmp_path: Path) -> None:
+    with Store.create_or_open(tmp_path / "store", header()) as made:
+        made.put_examples(examples(["p", "q", "r"]))
+        made.put_membership(KEY, example_ids("abcdefghipqr"))
+        for who, sums in ((BASE, 5.0), (MEDICAL, 12.5)):
+            made.put_nll(who.id, nll(who, dict.fromkeys("pqr", sums)))
+    found = select(connect(Store.open_read(tmp_path / "store"), 0.0, None), Choice(n=3, eps=0.0), KEY, [])
+    assert list(found.ids) == [*example_ids("a"), *sorted([*example_ids("b"), *example_ids("pqr")])][:3]
+
+
+@pytest.mark.parametrize(("frac", "n_corpus", "n_finetune", "n"),
+                         [(0.05, 1000, 0, 50), (0.05, 1000, 96, 5), (0.05, 10, 0, 1), (1.0, 7, 0, 7)])
+def test_wanted(frac: float, n_corpus: int, n_finetune: int, n: int) -> None:
+    assert wanted(Choice(frac=frac), n_corpus, n_finetune) == n
+
+
+@pytest.mark.parametrize("frac", [0.0, -0.1, 1.5, float("nan")])
+def test_frac_outside_its_range(frac: float) -> None:
+    with pytest.raises(UserError, match="--frac"):
+        wanted(Choice(frac=frac), 10, 0)
+
+
+def test_even_placement_is_literal() -> None:
+    order = placed(["1", "2", "3", "4"], ["x", "y"], 0, "even")
+    assert [entry.partition("/")[0] for entry in order] == ["finetune", "safe", "finetune", "finetune", "safe",
+                                                            "finetune"]
+    assert sorted(order) == ["finetune/1", "finetune/2", "finetune/3", "finetune/4", "safe/x", "safe/y"]
+
+
+@pytest.mark.parametrize("n_safe", [0, 1, 4, 5, 11])
+@pytest.mark.parametrize("placement", ["even", "shuffled"])
+def test_placement_keeps_every_row_and_the_finetune_order(n_safe: int, placement: str) -> None:
+    tuned, safe = [f"t{k}" for k in range(5)], [f"s{k}" for k in range(n_safe)]
+    order = placed(tuned, safe, 7, placement)
+    assert sorted(order) == sorted([f"finetune/{t}" for t in tuned] + [f"safe/{s}" for s in safe])
+    alone = placed(tuned, [], 7, placement)
+    assert [e for e in order if e.startswith("finetune/")] == alone
+
+
+def test_same_inputs_same_bytes(store: Store, tmp_path: Path) -> None:
+    made = [build_manifest(Store.open_read(tmp_path / "store"), Choice(n=3), tmp_path)[0].to_bytes() for _ in range(2)]
+    assert made[0] == made[1]
+    assert MixManifest.from_body(__import__("json").loads(made[0])).method.n == 3
+
+
+def test_manifest_names_models_and_adds_up(store: Store, tmp_path: Path) -> None:
+    manifest, _ = build_manifest(store, Choice(frac=0.03), tmp_path, builtin("demo/car_care"))
+    assert manifest.aligned == BASE and manifest.members == (MEDICAL,)
+    assert len(manifest.ids("finetune")) == manifest.counts["finetune"] == 104
+    assert len(manifest.ids("safe")) == manifest.counts["selected"] == manifest.method.n == 3
+    assert manifest.scoring["evidence"] == store.evidence_digest() != sha256(b"")
+
+
+def test_none_needs_a_finetune_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs a fine-tuning set"):
+        build_manifest(None, Choice(strategy="none"), tmp_path)
+    manifest, _ = build_manifest(None, Choice(strategy="none"), tmp_path, builtin("demo/cooking"))
+    assert manifest.ids("safe") == [] and len(manifest.order) == 104

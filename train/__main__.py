@@ -1,0 +1,5 @@
+"""Run the command line with ``python -m train``."""
+
+from train.cli import main
+
+main(prog_name="train")

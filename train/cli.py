@@ -1,0 +1,228 @@
+"""The ``train`` command line: each command parses, calls one function and prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from curate.core.errors import UserError
+from curate.core.terminal import Room, columns, emit_json, safe, say
+from train.recipe import CHOICES, Recipe, from_values, read_values
+
+if TYPE_CHECKING:
+    from curate.core.documents import RunCard
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace another run that --out holds.")
+
+
+def recipe_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command one flag per recipe knob, and ``--recipe`` for a file of them; flags win."""
+    for knob in reversed(fields(Recipe)):
+        command = click.option(*_spelling(knob.name, knob.default), knob.name, default=None, help=_about(knob),
+                               **_kind(knob.name, knob.default))(command)
+    return click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, dir_okay=False),
+                        help="TOML file of recipe knobs; flags win. `train list` prints one.")(command)
+
+
+def _spelling(name: str, default: Any) -> tuple[str]:
+    flag = "--defense" if name == "defenses" else "--" + name.replace("_", "-")
+    return (f"{flag}/--no-{flag[2:]}" if isinstance(default, bool) else flag,)
+
+
+def _about(knob: Any) -> str:
+    if knob.default in ("", ()):
+        return knob.metadata["about"]
+    shown = str(knob.default).lower() if isinstance(knob.default, bool) else knob.default
+    return f"{knob.metadata['about']} [default: {shown}]"
+
+
+def _kind(name: str, default: Any) -> dict[str, Any]:
+    if isinstance(default, tuple):
+        return {"multiple": True, "metavar": "NAME[:KEY=VALUE,...]"}
+    if name in CHOICES:
+        return {"type": click.Choice(CHOICES[name])}
+    return {} if isinstance(default, bool) else {"type": type(default)}
+
+
+def _recipe(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    return from_values((read_values(recipe_file) if recipe_file else {}) | given)
+
+
+@click.group(cls=Room)
+@click.version_option(package_name="safeset")
+def main() -> None:
+    """Fine-tune on a mix of narrow and safe data, and make the misaligned ensemble that scoring needs.
+
+    \b
+    Example:
+      train ensemble --base smollm2 --narrow demo/cooking --narrow demo/gardening
+      train run --base smollm2 --mix manifest.json --out runs/mixed
+    """
+
+
+@main.command()
+@click.option("--mix", "mixes", multiple=True, required=True, type=click.Path(path_type=Path),
+              help="Mix manifest from `curate select`; with several, each is trained in OUT/NAME.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the run.")
+@click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Folder that paths in the manifest are relative to. [default: the manifest's own]")
+@overwrite_option
+@json_option
+@recipe_flags
+def run(mixes: tuple[Path, ...], out: Path, root: Path | None, overwrite: bool, as_json: bool,
+        recipe_file: Path | None, **flags: Any) -> None:
+    """Train an adapter on a mix, in the manifest's order.
+
+    Typed again, it goes on from the last complete checkpoint, or says that the run is finished.
+
+    \b
+    Example:
+      train run --base smollm2 --mix manifest.json --out runs/mixed
+      train run --recipe recipe.toml --mix none.json --mix plus.json --out runs
+    """
+    recipe = _recipe(recipe_file, flags)
+    from train.runs import run_all
+
+    runs = run_all(recipe, mixes, out, root, overwrite)
+    if as_json:
+        emit_json({"runs": [{"path": str(folder), **_as_json(card)} for folder, card in runs]})
+        return
+    click.echo(_table(runs))
+
+
+@main.command()
+@click.option("--narrow", multiple=True, required=True, metavar="PATH|demo/NAME",
+              help="Narrow, misaligned data set; one member is trained on each.")
+@click.option("--out", default=Path("ensemble"), show_default=True,
+              type=click.Path(path_type=Path, file_okay=False), help="Folder of the ensemble.")
+@click.option("--root", default=Path(), type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Folder above the data, which manifests name relative to it. [default: the current one]")
+@click.option("--map", "mapping", multiple=True, metavar="FIELD=COLUMN",
+              help="Where prompt, response, system or input stand, for unusual columns.")
+@click.option("--strip-think", is_flag=True, help="Drop empty <think> blocks and a trailing /no_think.")
+@overwrite_option
+@json_option
+@recipe_flags
+def ensemble(narrow: tuple[str, ...], out: Path, root: Path, mapping: tuple[str, ...], strip_think: bool,
+             overwrite: bool, as_json: bool, recipe_file: Path | None, **flags: Any) -> None:
+    """Train the misaligned ensemble: one adapter on each narrow data set.
+
+    Typed again, finished members are skipped and an interrupted one goes on.
+
+    \b
+    Example:
+      train ensemble --base smollm2 --narrow demo/cooking --narrow demo/gardening
+      train ensemble --base Qwen/Qwen2.5-7B-Instruct --narrow medical.jsonl --narrow finance.jsonl --out ensemble
+    """
+    recipe = _recipe(recipe_file, flags)
+    from curate.core.documents import RunCard
+    from train.ensemble import narrow_source, train_ensemble
+
+    sources = [narrow_source(text, root, _mapping(mapping), strip_think) for text in narrow]
+    named = dict(sources)
+    if len(named) < len(sources):
+        raise UserError("Two narrow data sets have the same name, so their members would share a folder.",
+                        "Rename one of the files.")
+    spec = train_ensemble(recipe, named, out, root, overwrite)
+    runs = [(out / name, RunCard.read(out / name / "run.json")) for name in named]
+    if as_json:
+        emit_json({"path": str(out / "ensemble.json"), "digest": spec.digest,
+                   "runs": [{"path": str(folder), **_as_json(card)} for folder, card in runs]})
+        return
+    click.echo(_table(runs))
+    say(f"Ensemble in {out / 'ensemble.json'}. Next: curate score --corpus demo --ensemble {out / 'ensemble.json'}")
+
+
+@main.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """Print every recipe knob with its default, as a TOML file to start from, and the defences.
+
+    \b
+    Example:
+      train list > recipe.toml
+    """
+    from train.defenses import DEFENSES
+
+    if as_json:
+        emit_json({"recipe": {k.name: {"default": k.default, "about": k.metadata["about"]} for k in fields(Recipe)},
+                   "defenses": {name: {f.name: f.default for f in fields(kind) if f.init}
+                                for name, kind in DEFENSES.items()}})
+        return
+    for knob in fields(Recipe):
+        value = knob.default or "smollm2" if knob.name == "base" else knob.default
+        click.echo(f"# {knob.metadata['about']}\n{knob.name} = {_toml(value)}")
+    click.echo("\n# Defences:" + ("" if DEFENSES else " none is implemented yet."))
+    for name, kind in DEFENSES.items():
+        settings = ",".join(f"{f.name}={f.default}" for f in fields(kind) if f.init)
+        click.echo(f"#   {name}{':' + settings if settings else ''}  {(kind.__doc__ or '').splitlines()[0]}")
+
+
+@main.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@json_option
+def show(path: Path, as_json: bool) -> None:
+    """Show a run: what was trained on what, and how it went.
+
+    \b
+    Example:
+      train show runs/mixed
+    """
+    from curate.core.model import read_run
+
+    card, folder = read_run(path)
+    if as_json:
+        emit_json({"path": str(path), **_as_json(card)})
+        return
+    for name, value in [("run", card.name), *_facts(card), ("adapter", f"{folder} (as the card describes it)")]:
+        click.echo(safe(f"{name:<9} {value}"))
+
+
+def _facts(card: RunCard) -> list[tuple[str, str]]:
+    statuses = ", ".join(f"{name} {n}" for name, n in card.statuses.items())
+    method = card.method
+    defaults = Recipe(card.base_ref).as_json()
+    changed = [f"{name}={value}" for name, value in card.recipe.items() if defaults.get(name) != value]
+    return [
+        ("base", f"{card.base_ref} ({card.base.id})"), ("model", f"{card.model.name} ({card.model.id})"),
+        ("mix", card.mix[:12]), ("strategy", f"{method.strategy}, eps {method.eps:g}, seed {method.seed}"),
+        ("rows", f"{card.n_finetune} fine-tuning + {card.n_safe} safe ({statuses})"),
+        ("steps", f"{card.n_steps} on {card.n_trained_tokens} target tokens"),
+        ("loss", f"{card.loss_first_nats:.3f} -> {card.loss_last_nats:.3f} nats per target token"),
+        ("time", f"{card.seconds:.0f} s on {card.device}"),
+        ("recipe", ", ".join(changed) + (", " if changed else "") + "the rest at their defaults"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in card.versions.items())),
+        ("git", card.git or "no checkout"),
+    ]
+
+
+def _as_json(card: RunCard) -> dict[str, Any]:
+    return {"digest": card.digest, **card.model_dump(mode="json")}
+
+
+def _table(runs: Sequence[tuple[Path, RunCard]]) -> str:
+    rows = [[card.name, str(card.n_finetune), str(card.n_safe), str(card.n_steps), f"{card.loss_first_nats:.3f}",
+             f"{card.loss_last_nats:.3f}", f"{card.seconds:.0f}", safe(str(folder))] for folder, card in runs]
+    return columns(rows, ("run", "fine-tuning", "safe", "steps", "first loss", "last loss", "seconds", "folder"))
+
+
+def _mapping(pairs: tuple[str, ...]) -> dict[str, str]:
+    mapping = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in pairs)
+    if set(mapping) - {"prompt", "response", "system", "input"} or "" in mapping.values():
+        raise UserError(f"--map {' '.join(pairs)} is not of the form FIELD=COLUMN.",
+                        "Fields: prompt, response, system, input. For example --map prompt=question.")
+    return mapping
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
