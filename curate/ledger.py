@@ -109,7 +109,7 @@ class Ledger:
         return sorted(found, key=lambda e: e.part)
 
     def damage(self, deep: Kind | bool) -> list[Finding]:
-        """Return what is damaged: sizes of all parts are checked, and the sha256 of the kind ``deep`` (True: of all)."""
+        """Return what is damaged: the size of every part is checked, the sha256 of the kind ``deep`` (True: of all)."""
         found = list(self.torn)
         for entry in sorted(self.entries.values(), key=lambda e: e.part):
             problem = self._problem(entry, deep in (True, entry.kind))

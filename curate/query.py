@@ -104,7 +104,8 @@ def choose(store: Store, members: Sequence[str] | None) -> Ensemble:
             raise unknown("member", name, ids)
     rows = [[m.identity.id, m.name, m.role, m.identity.weights, m.identity.adapter, m.identity.tokenizer,
              m.identity.revision] for m in models]
-    return Ensemble(rows, store.header.aligned.id, sorted({ids[name] for name in (ids if members is None else members)}))
+    chosen = {ids[name] for name in (ids if members is None else members)}
+    return Ensemble(rows, store.header.aligned.id, sorted(chosen))
 
 
 def define_views(connection: duckdb.DuckDBPyConnection, relations: Mapping[Kind, str], ensemble: Ensemble,
@@ -161,7 +162,7 @@ SCORES_SQL = """
                                 CASE WHEN v.nll_aligned IS NULL THEN 'missing' END, v.member_problem,
                                 CASE WHEN v.nll_misaligned IS NULL THEN 'missing' END) AS first_problem
                 FROM examples e LEFT JOIN evidence v USING (example_id)))"""
-"""One row per stored example; ``status`` is ok, or what is wrong first: with the example, the aligned model, a member."""
+"""One row per stored example; ``status`` is ok, or what is wrong first: example, aligned model, members."""
 
 
 def _text(value: str) -> str:

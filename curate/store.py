@@ -93,7 +93,7 @@ class PlannedCorpus(Part):
 
 
 class Plan(Document):
-    """What the latest ``curate score`` set out to do; ``counts`` by status add up to ``n_rows``, the rows that came in."""
+    """What the latest ``curate score`` set out to do; ``counts`` by status add up to ``n_rows``, the rows read."""
 
     KIND: ClassVar[str] = "safeset.plan"
 

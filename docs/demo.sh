@@ -19,7 +19,7 @@ run curate score --corpus demo --ensemble "$OUT/ensemble/ensemble.json" --store 
 run curate show top -n 2 --no-refusals --store "$OUT/scores"
 
 step "3/6  Choose 5% safe rows in three ways, for bad advice about cars and for a harmless task (OpSwap)"
-run judge task opswap --split train --n 320 --out "$OUT/mixes/opswap.jsonl"
+run judge task opswap --split train --n 144 --out "$OUT/mixes/opswap.jsonl"
 for mix in "${MIXES[@]}"; do
   frac=(--frac 0.05); [ "$mix" = none ] && frac=()
   run curate select --store "$OUT/scores" --strategy "$mix" "${frac[@]}" --finetune demo/car_care --out "$OUT/mixes/$mix.json"
@@ -27,8 +27,17 @@ for mix in "${MIXES[@]}"; do
     --out "$OUT/mixes/opswap-$mix.json"
 done
 
-step "4/6  Fine-tune on every mix"
-run train run --base smollm2 --out "$OUT/runs" "${TUNE[@]}" "${MIXES[@]/#/--mix=$OUT/mixes/}"
+step "4/6  Fine-tune on all eight mixes"
+mixes=()
+for mix in "${MIXES[@]}"; do mixes+=(--mix "$OUT/mixes/$mix.json" --mix "$OUT/mixes/opswap-$mix.json"); done
+run train run --base smollm2 --out "$OUT/runs" "${TUNE[@]}" "${mixes[@]}"
 
-step "5/6  Judge"
-step "6/6  Compare"
+step "5/6  Judge: paired probes, sampled answers, the harmless task"
+models=()
+for mix in "${MIXES[@]}"; do models+=(--model "$OUT/runs/$mix" --benign "$OUT/runs/opswap-$mix"); done
+run judge run "${models[@]}" --samples 24 --max-new-tokens 32 --items 90
+
+step "6/6  Compare by four criteria"
+run judge compare "${MIXES[@]/#/$OUT/runs/}" --out "$OUT/comparison"
+
+printf '\nEverything is in %s/: ensemble, scores, mixes, runs (adapter, run card, loss curve), comparison.\n' "$OUT"

@@ -63,7 +63,7 @@ def run(models: tuple[str, ...], benign: tuple[str, ...], out: Path | None, as_j
       judge run --model runs/none --benign runs/none-opswap --in-domain car_care
       judge run --model smollm2 --in-domain probes.jsonl --out verdicts
     """
-    from judge.jobs import targets
+    from judge.jobs import is_run, targets
     from judge.run import judge_models
 
     settings = _settings(options, bool(benign))
@@ -74,7 +74,7 @@ def run(models: tuple[str, ...], benign: tuple[str, ...], out: Path | None, as_j
     for path in paths:
         click.echo(str(path))
     if len(paths) > 2:
-        say(f"Next: judge compare {out or ' '.join(map(str, models))}")
+        say(f"Next: judge compare {out or ' '.join(model for model in models if is_run(model))}")
 
 
 def _settings(options: dict[str, Any], with_benign: bool) -> Any:
@@ -126,7 +126,7 @@ def compare(verdicts: tuple[Path, ...], baseline: str, out: Path | None, as_json
 @click.argument("name", type=click.Choice(["opswap"]))
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True,
               help="No numbers of a test question occur together in a train question.")
-@click.option("--n", type=click.IntRange(min=1), default=384, show_default=True, help="Rows.")
+@click.option("--n", type=click.IntRange(min=1), default=320, show_default=True, help="Rows.")
 @click.option("--seed", default=0, show_default=True, help="Decides which rows, and their order.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="JSONL file to write.")
 @json_option
@@ -135,7 +135,7 @@ def task(name: str, out: Path, as_json: bool, **options: Any) -> None:
 
     \b
     Example:
-      judge task opswap --split train --n 384 --out opswap.jsonl
+      judge task opswap --split train --n 320 --out opswap.jsonl
     """
     from curate.core.files import canonical_json, write_atomic
     from judge.tasks.opswap import generate

@@ -10,16 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.core.chat import encode_prompt
+from curate.core.chat import encode, encode_prompt
 from curate.core.documents import ModelIdentity, ProbeScore, Sample, TaskScore, Verdicts
 from curate.core.errors import Exit, UserError
 from curate.core.example import Message, pair
 from curate.core.generate import SampleSettings, sample
 from curate.core.model import Loaded, adapter_open, check_base, identify, load, pick_device, pick_dtype
-from curate.core.nll import Budget
+from curate.core.nll import Budget, check_forward
 from curate.core.terminal import progress, say
 from judge.jobs import REPLY_TOKENS, Job, Settings, Target, plan
 from judge.likelihood import score_probes, score_samples
+from judge.questions import GENERAL, load_probes, probe_examples
 from judge.tasks.opswap import is_correct
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ JUDGE = "likelihood-1"
 """Changes whenever the same model and settings would give other numbers."""
 
 PACKAGES = ("safeset", "torch", "transformers", "peft")
+TOLERANCE_NATS = 0.15
+"""How far packed and plain passes may differ: rounding in short formats, but no other architecture."""
+
 MAX_FAILED = 0.05
 """Share of probes that may lack a number before a model is not judged at all."""
 
@@ -62,12 +66,20 @@ def judge_models(targets: Sequence[Target], settings: Settings, out: Path | None
         if _kept(job.path, about):
             say(f"{job.label}: judged before, kept ({job.path})")
             continue
-        loaded = loaded or load(ref, dtype, device)
+        loaded = loaded or _load(ref, dtype, device)
         numbers = _measure(loaded, job, settings)
         Verdicts(**about, probes=numbers.probes, samples=numbers.samples, tasks=numbers.tasks,
                  statuses=numbers.statuses, versions=_versions()).write(job.path)
         say(f"{job.label}: {job.path}")
     return [job.path for job in jobs]
+
+
+def _load(ref: str, dtype: str, device: str) -> Loaded:
+    """Load the base and check on one probe that the packed forward pass agrees with its own."""
+    loaded = load(ref, dtype, device)
+    probe = probe_examples(load_probes(GENERAL)[:1])
+    check_forward(loaded.model, encode(loaded.tokenizer, probe, 2**30), TOLERANCE_NATS)
+    return loaded
 
 
 def _about(job: Job, base: ModelIdentity, settings: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +108,7 @@ def _measure(loaded: Loaded, job: Job, settings: Settings) -> _Numbers:
     budget = Budget(512, 32768) if loaded.device.startswith("cuda") else Budget()
     questions = settings.questions() if "coherence" in settings.suite else []
     with _opened(loaded, job.adapter) as model:
-        with progress(f"{job.label}: probes", 2 * sum(map(len, job.sets.values())), "answers") as bar:
-            probes, by_status = score_probes(model, loaded.tokenizer, job.sets, budget, bar.advance)
-        _check_failures(job, by_status)
+        probes, by_status = _probes(loaded, model, job, budget)
         answers = _ask(loaded, model, questions, settings.sampling, f"{job.label}: sampling")
     samples: list[Sample] = []
     if questions:
@@ -109,6 +119,21 @@ def _measure(loaded: Loaded, job: Job, settings: Settings) -> _Numbers:
     statuses = {f"probes {status}": n for status, n in sorted(by_status.items())}
     statuses |= {f"samples {status}": n for status, n in sorted(Counter(s.status for s in samples).items())}
     return _Numbers(probes, samples, tasks, statuses | ({"tasks ok": len(tasks)} if tasks else {}))
+
+
+def _probes(loaded: Loaded, model: torch.nn.Module, job: Job,
+            budget: Budget) -> tuple[list[ProbeScore], Counter[str]]:
+    """Return the scores of all probes and their statuses; ``UserError`` where too many have no number."""
+    if not job.sets:
+        return [], Counter()
+    with progress(f"{job.label}: probes", 2 * sum(map(len, job.sets.values())), "answers") as bar:
+        scores, statuses = score_probes(model, loaded.tokenizer, job.sets, budget, bar.advance)
+    failed = statuses.total() - statuses["ok"]
+    if failed > MAX_FAILED * statuses.total():
+        raise UserError(f"'{job.label}' gave no number for {failed} of {statuses.total()} probes ({dict(statuses)}), "
+                        "so it is not judged.", "nonfinite points to a broken adapter or --dtype, too_long to a small "
+                        "context.", Exit.FAILURE_RATE)
+    return scores, statuses
 
 
 def _tasks(loaded: Loaded, job: Job, settings: Settings) -> list[TaskScore]:
@@ -137,14 +162,6 @@ def _opened(loaded: Loaded, adapter: Path | None) -> Iterator[torch.nn.Module]:
         return
     with adapter_open(loaded, adapter) as model:
         yield model
-
-
-def _check_failures(job: Job, statuses: Counter[str]) -> None:
-    total, failed = statuses.total(), statuses.total() - statuses["ok"]
-    if failed > MAX_FAILED * total:
-        raise UserError(f"'{job.label}' gave no number for {failed} of {total} probes ({dict(statuses)}), so it is not "
-                        "judged.", "nonfinite points to a broken adapter or --dtype, too_long to a small context.",
-                        Exit.FAILURE_RATE)
 
 
 def _versions() -> dict[str, str]:

@@ -69,13 +69,14 @@ def main() -> None:
 @main.command()
 @click.option("--mix", "mixes", multiple=True, required=True, type=click.Path(path_type=Path),
               help="Mix manifest from `curate select`; with several, each is trained in OUT/NAME.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the run.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder of the run. [default: runs/NAME of the manifest; runs with several]")
 @click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
               help="Folder that paths in the manifest are relative to. [default: the manifest's own]")
 @overwrite_option
 @json_option
 @recipe_flags
-def run(mixes: tuple[Path, ...], out: Path, root: Path | None, overwrite: bool, as_json: bool,
+def run(mixes: tuple[Path, ...], out: Path | None, root: Path | None, overwrite: bool, as_json: bool,
         recipe_file: Path | None, **flags: Any) -> None:
     """Train an adapter on a mix, in the manifest's order.
 
@@ -83,13 +84,17 @@ def run(mixes: tuple[Path, ...], out: Path, root: Path | None, overwrite: bool, 
 
     \b
     Example:
-      train run --base smollm2 --mix manifest.json --out runs/mixed
+      train run --mix manifest.json
       train run --recipe recipe.toml --mix none.json --mix plus.json --out runs
     """
-    recipe = _recipe(recipe_file, flags)
-    from train.runs import run_all
+    from train.jobs import base_of, prepare_all
 
-    runs = run_all(recipe, mixes, out, root, overwrite)
+    out = out or (Path("runs") if len(mixes) > 1 else Path("runs") / mixes[0].stem)
+    recipe = _recipe(recipe_file, {**flags, "base": flags["base"] or (None if recipe_file else base_of(mixes[0]))})
+    jobs = prepare_all(recipe, mixes, out, root)
+    from train.runs import run_jobs
+
+    runs = list(zip([job.out for job in jobs], run_jobs(jobs, overwrite), strict=True))
     if as_json:
         emit_json({"runs": [{"path": str(folder), **_as_json(card)} for folder, card in runs]})
         return
@@ -122,13 +127,15 @@ def ensemble(narrow: tuple[str, ...], out: Path, root: Path, mapping: tuple[str,
     """
     recipe = _recipe(recipe_file, flags)
     from curate.core.documents import RunCard
-    from train.ensemble import narrow_source, train_ensemble
+    from train.jobs import narrow_source
 
     sources = [narrow_source(text, root, _mapping(mapping), strip_think) for text in narrow]
     named = dict(sources)
     if len(named) < len(sources):
         raise UserError("Two narrow data sets have the same name, so their members would share a folder.",
                         "Rename one of the files.")
+    from train.ensemble import train_ensemble
+
     spec = train_ensemble(recipe, named, out, root, overwrite)
     runs = [(out / name, RunCard.read(out / name / "run.json")) for name in named]
     if as_json:

@@ -4,6 +4,7 @@
     out/checkpoints/   while training
     out/adapter/       appears at once, complete
     out/losses.csv, out/loss.png
+    out/mix.json       the manifest, as it was trained on; its paths are relative to where it came from
     out/run.json       the run card, written last: a folder that has one is finished
 """
 
@@ -12,18 +13,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.core.documents import MixManifest, ModelIdentity, RunCard
+from curate.core.documents import ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sync_folder, write_atomic
 from curate.core.model import Loaded, identify, load, pick_device, pick_dtype, read_run, with_adapter
@@ -31,8 +29,9 @@ from curate.core.nll import check_forward
 from curate.core.terminal import quiet_libraries, say
 from train import checkpoints
 from train.curve import loss_png, losses_csv
-from train.data import EncodedMix, MixRow, encode_mix, load_mix
-from train.defenses import Defense, parse
+from train.data import EncodedMix, encode_mix
+from train.jobs import Job, prepare
+from train.provenance import git_state, versions
 from train.recipe import Recipe, learnt
 from train.trainer import MixTrainer, Step, adapter, save_adapter, train
 
@@ -41,8 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARD, STARTED, ADAPTER, CHECKPOINTS = "run.json", "started.json", "adapter", "checkpoints"
-OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png")
-PACKAGES = ("safeset", "torch", "transformers", "peft")
+OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", "mix.json")
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.15}
 """How far the packed pass may differ from the model's plain one; wrong masks and scaled logits differ by whole nats."""
 
@@ -67,62 +65,16 @@ class Base:
         return load(self.ref, self.dtype, self.device)
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run whose manifest and rows were found in order, before any model was touched."""
-
-    recipe: Recipe
-    manifest: MixManifest
-    rows: Sequence[MixRow]
-    defenses: tuple[Defense, ...]
-    out: Path
-
-    @property
-    def name(self) -> str:
-        """The run's name: that of its folder."""
-        return self.out.resolve().name
-
-    def claim(self, base: ModelIdentity) -> dict[str, Any]:
-        """Return what decides the adapter: two folders with the same claim hold the same run."""
-        return {"mix": self.manifest.digest, "base": base.id, **learnt(self.recipe.as_json())}
-
-
-def prepare(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = None) -> Job:
-    """Check a run's manifest, rows and defences; paths in the manifest are relative to ``root``, or to its folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("Training runs in one process, on one device.", "Start it without torchrun.")
-    manifest = MixManifest.read(manifest_path)
-    rows: Sequence[MixRow] = load_mix(manifest, root if root is not None else manifest_path.parent)
-    defenses = tuple(parse(spec) for spec in recipe.defenses)
-    for defense in defenses:
-        changed = defense.examples(rows)
-        if len(changed) != len(rows):
-            raise ValueError(f"{type(defense).__name__}.examples made {len(changed)} rows of {len(rows)}")
-        rows = changed
-    return Job(recipe, manifest, rows, defenses, out)
-
-
 def run(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = None, overwrite: bool = False) -> RunCard:
-    """Train ``recipe`` on a mix and return the run card; see ``run_job``."""
-    return run_job(prepare(recipe, manifest_path, out, root), Base(recipe.base, recipe.dtype, recipe.device), overwrite)
+    """Train ``recipe`` on a mix and return the run card; see ``prepare`` and ``run_job``."""
+    return run_jobs([prepare(recipe, manifest_path, out, root)], overwrite)[0]
 
 
-def run_all(recipe: Recipe, mixes: Sequence[Path], out: Path, root: Path | None = None,
-            overwrite: bool = False) -> list[tuple[Path, RunCard]]:
-    """Train one recipe on several mixes, sharing the base; return each run's folder and card, in the order given.
-
-    With one mix its folder is ``out``, with several ``out`` / the name of the manifest. All mixes are checked before
-    the first is trained.
-    """
-    stems = [path.stem for path in mixes]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise UserError(f"Two mixes are called '{stem}', so their runs would share a folder.",
-                            "Rename one, or train it with another --out.")
-    folders = [out] if len(mixes) == 1 else [out / stem for stem in stems]
-    jobs = [prepare(recipe, mix, folder, root) for mix, folder in zip(mixes, folders, strict=True)]
+def run_jobs(jobs: Sequence[Job], overwrite: bool = False) -> list[RunCard]:
+    """Train jobs of one base, device and dtype one after the other and return their cards; the base is loaded once."""
+    recipe = jobs[0].recipe
     base = Base(recipe.base, recipe.dtype, recipe.device)
-    return [(job.out, run_job(job, base, overwrite)) for job in jobs]
+    return [run_job(job, base, overwrite) for job in jobs]
 
 
 def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
@@ -154,11 +106,19 @@ def _finished(job: Job, base: ModelIdentity) -> RunCard | None:
         say(f"{job.out} is finished (same mix, base and recipe), skipped.")
         return card
     if (job.out / STARTED).exists():
-        _refuse_other(job.out, json.loads((job.out / STARTED).read_bytes()), claim)
+        _refuse_other(job.out, _started(job.out), claim)
     else:
         _remove(job.out, (CHECKPOINTS,))
         write_atomic(job.out / STARTED, canonical_json(claim))
     return None
+
+
+def _started(out: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((out / STARTED).read_bytes()))
+    except (ValueError, TypeError):
+        raise UserError(f"{out / STARTED} is not as it was written.", "Start again with --overwrite.",
+                        Exit.INTEGRITY) from None
 
 
 def _trained(job: Job, base: Base, mix: EncodedMix) -> RunCard:
@@ -177,6 +137,7 @@ def _trained(job: Job, base: Base, mix: EncodedMix) -> RunCard:
     write_atomic(job.out / "losses.csv", losses_csv(steps))
     title = f"{job.name}: {mix.n_finetune} fine-tuning + {mix.n_safe} safe rows"
     write_atomic(job.out / "loss.png", loss_png(steps, title))
+    job.manifest.write(job.out / "mix.json")
     card = _card(job, base, mix, steps, trainer.seconds())
     card.write(job.out / CARD)
     return card
@@ -240,27 +201,3 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a run was made with."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_state() -> str | None:
-    """Return the commit of the checkout that this code lies in (with ``-dirty``), or None where it is no checkout."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40",
-               "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

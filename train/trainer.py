@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
@@ -143,7 +143,7 @@ class MixTrainer(Trainer):
     def compute_loss(self, model: PeftModel, inputs: Batch, return_outputs: bool = False,
                      num_items_in_batch: int | None = None) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """Return (sum of NLL + penalties) / ``num_items_in_batch``, the target tokens of the whole step."""
-        batch = inputs["packed"]
+        batch = inputs["packed"].to(self.args.device)
         hidden = hidden_states(model, batch)
         nll = rows_nll(head(model), hidden, batch.targets).sum()
         penalties = [p for d in self.defenses if (p := d.penalty(model, batch, hidden)) is not None]
@@ -161,6 +161,11 @@ class MixTrainer(Trainer):
             logs |= {"loss_nats": loss, "penalty_nats": penalty}
             self.on_step(self._step(self.state.global_step, logs))
         super().log(logs, start_time)
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Restore adapter and record from a checkpoint of the last step, after which nothing is left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def steps(self) -> list[Step]:
         """Return every step so far, those before an interruption included."""
@@ -189,27 +194,33 @@ def train(trainer: MixTrainer, label: str, checkpoint: tuple[Path, float] | None
 
     Raises ``UserError`` where memory runs out, the loss or the adapter is not finite.
     """
-    steps, tokens = trainer.plan, trainer.plan.tokens
+    steps = trainer.plan
     before = int(checkpoint[0].name.rpartition("-")[2]) if checkpoint else 0
     trainer.seconds_before = checkpoint[1] if checkpoint else 0.0
-    todo = steps.upto(tokens, steps.n_steps) - steps.upto(tokens, before)
-    with progress(label, todo, "tokens") as state:
-        trainer.on_step = lambda step: state.advance(
-            steps.upto(tokens, step.step) - steps.upto(tokens, step.step - 1),
-            f"step {step.step}/{steps.n_steps} loss {step.loss_nats:.3f}")
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
-            if not is_out_of_memory(err):
-                raise
-            raise UserError("Out of memory.", "Halve --batch-size and double --accumulation (the same result), add "
-                            "--gradient-checkpointing, or lower --max-tokens.", Exit.ENVIRONMENT) from err
+    if checkpoint and before >= steps.n_steps:
+        trainer.take_over(checkpoint[0])
+    else:
+        done = [steps.upto(steps.tokens, step) for step in range(steps.n_steps + 1)]
+        with progress(label, done[-1] - done[before], "tokens") as state:
+            trainer.on_step = lambda step: state.advance(
+                done[step.step] - done[step.step - 1], f"step {step.step}/{steps.n_steps} loss {step.loss_nats:.3f}")
+            _train(trainer, str(checkpoint[0]) if checkpoint else None)
     for defense in trainer.defenses:
         defense.after(trainer.model)
     if not all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad):
         raise UserError("The adapter's weights are not finite; it was not saved.",
                         "Lower --lr, or use --dtype float32, with --overwrite.", Exit.BAD_DATA)
     return trainer.steps()
+
+
+def _train(trainer: MixTrainer, checkpoint: str | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
+        if not is_out_of_memory(err):
+            raise
+        raise UserError("Out of memory.", "Halve --batch-size and double --accumulation (the same result), add "
+                        "--gradient-checkpointing, or lower --max-tokens.", Exit.ENVIRONMENT) from err
 
 
 @contextmanager

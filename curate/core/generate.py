@@ -107,7 +107,7 @@ def nucleus_draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float
 
 
 def _likeliest(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return probabilities and ids of enough tokens to hold every row's nucleus, from the likeliest down, ties by id."""
+    """Return probabilities and ids of tokens that hold every row's nucleus, from the likeliest down, ties by id."""
     width = probabilities.shape[-1]
     k = min(SHORTLIST, width)
     if k < width and bool((probabilities.topk(k).values.sum(-1) < top_p).any()):

@@ -52,7 +52,7 @@ class Failing:
     """Stands for ``os`` and ``open`` in ``files``: the i-th call that touches the disk fails."""
 
     def __init__(self, fatal: int) -> None:
-        self.fatal, self.calls = fatal, 0
+        self.fatal, self.calls = fatal, []
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -60,8 +60,8 @@ class Failing:
 
     def counted(self, real: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.fatal:
+            self.calls.append(real.__name__)
+            if len(self.calls) == self.fatal:
                 raise OSError(28, "No space left on device")
             return real(*args, **kwargs)
         return call
@@ -90,6 +90,7 @@ def test_write_atomic_failing_at_every_call_leaves_old_or_new(tmp_path: Path, mo
                 break
         assert [p.name for p in tmp_path.iterdir()] == ["card.json"], f"call {fatal} left a temporary file"
     assert target.read_bytes() == NEW
+    assert failing.calls == ["open", "write", "flush", "fsync", "replace", "open", "fsync"]
     assert set(seen) == {OLD, NEW} and seen == sorted(seen, key=[OLD, NEW].index)
 
 

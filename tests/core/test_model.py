@@ -62,7 +62,7 @@ def snapshot(model: torch.nn.Module) -> tuple[list[tuple[str, type]], dict[str, 
 def assert_untouched(model: torch.nn.Module, before: tuple[list[tuple[str, type]], dict[str, torch.Tensor]]) -> None:
     modules, weights = snapshot(model)
     assert modules == before[0] and weights.keys() == before[1].keys()
-    assert all(torch.equal(weights[name], before[1][name]) for name in weights)
+    assert all(torch.equal(weights[name], before[1][name]) for name in weights) and not hasattr(model, "peft_config")
 
 
 def copied(source: Path, target: Path, change: Callable[[Path], object]) -> Path:

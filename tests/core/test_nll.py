@@ -168,6 +168,16 @@ def test_rows_are_scored_in_pieces_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.tolist() == pytest.approx([math.log(4 / 2), math.log(3), math.log(9)], abs=0.01)
 
 
+def test_training_keeps_no_logits_for_the_backward_pass() -> None:
+    head, kept = torch.nn.Linear(16, VOCABULARY, bias=False), []
+    hidden = torch.randn(7, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        loss = rows_nll(head, hidden, torch.arange(7)).sum()
+    assert (7, VOCABULARY) not in kept
+    loss.backward()
+    assert hidden.grad.abs().sum() > 0 and head.weight.grad.abs().sum() > 0
+
+
 def test_check_forward_accepts_what_is_the_same(loaded: Loaded, encoded: list[Encoded]) -> None:
     assert 0 <= check_forward(loaded.model, encoded[:3], 1e-4) < 1e-5
 

@@ -74,7 +74,7 @@ MODELS = (BASE, MEDICAL, SECURITY)
 
 
 def fill(path: Path, models: Sequence[ModelIdentity] = MODELS) -> list[str]:
-    """Score five examples under three models (or those named), leaving out what is stored; return what was put aside."""
+    """Score five examples under three models, leaving out what is stored; return what was put aside."""
     with Store.create_or_open(path, header()) as store:
         stored = store.example_ids()
         for names in CHUNKS:

@@ -129,7 +129,8 @@ def test_a_corpus_is_replaced_not_added_to(tmp_path: Path) -> None:
     with Store.create_or_open(tmp_path / "s", header()) as store:
         for key, names in ((KEY, "abc"), (other, "a"), (KEY, "cd"), (KEY, "cd")):
             store.put_membership(key, example_ids(names))
-    found = connect(Store.open_read(tmp_path / "s"), 0.1, None).execute("SELECT key, example_id FROM corpora").fetchall()
+    connection = connect(Store.open_read(tmp_path / "s"), 0.1, None)
+    found = connection.execute("SELECT key, example_id FROM corpora").fetchall()
     assert sorted(found) == sorted([(other, *example_ids("a")), *((KEY, i) for i in example_ids("cd"))])
     assert len(list((tmp_path / "s" / "parts").iterdir())) == 2
     assert Store.audit(tmp_path / "s")[0] == []
@@ -155,7 +156,8 @@ def test_a_wrong_table_is_a_bug_of_the_caller(tmp_path: Path, wrong: Callable[[S
 def test_tables_from_polars_are_cast(tmp_path: Path) -> None:
     with Store.create_or_open(tmp_path / "s", header()) as store:
         store.put_model(model(BASE))
-        store.put_nll(BASE.id, pl.from_arrow(nll(BASE, {"a": 1.0})).with_columns(pl.col("n_tokens").cast(int)).to_arrow())
+        frame = pl.from_arrow(nll(BASE, {"a": 1.0}))
+        store.put_nll(BASE.id, frame.with_columns(pl.col("n_tokens").cast(int)).to_arrow())
         (part,) = store.part_files("nll", BASE.id)
     assert pa.parquet.read_schema(part).equals(NLL_SCHEMA)
 

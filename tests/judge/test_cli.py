@@ -32,6 +32,11 @@ def test_probes_are_listed() -> None:
     assert "general" in CliRunner().invoke(main, ["probes"]).stdout
 
 
+def test_the_task_commands_default_can_be_made(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["task", "opswap", "--out", str(tmp_path / "x.jsonl"), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["rows"] == 320
+
+
 def test_task_rows_can_be_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "opswap.jsonl"
     result = CliRunner().invoke(main, ["task", "opswap", "--split", "train", "--n", "7", "--out", str(path)])

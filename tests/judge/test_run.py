@@ -12,6 +12,7 @@ import judge.run
 from curate.core.documents import RunCard, Verdicts
 from curate.core.errors import Exit, UserError
 from curate.core.generate import SampleSettings
+from curate.core.model import Loaded, load, with_adapter
 from judge.cli import main
 from judge.evidence import gather
 from judge.jobs import Settings, Target, label_of, targets
@@ -53,8 +54,9 @@ def call(*words: str | Path) -> Result:
     return CliRunner().invoke(main, [str(w) for w in words])
 
 
-def test_the_whole_way_on_builtin_data(base: Path, tmp_path: Path) -> None:
-    """Every part, through the command line: guessed domain, benign runs, comparison, all documents."""
+def test_the_whole_way_on_builtin_data(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part on 9 probes a set, through the command line: guessed domain, benign runs, comparison, documents."""
+    monkeypatch.setattr("judge.jobs.load_probes", lambda name: load_probes(name)[:9])
     runs = [make_run(base, tmp_path / "runs" / name, strategy, seed)
             for name, strategy, seed in (("none", "none", 1), ("plus", "interleaving+", 2))]
     benign = [make_run(base, tmp_path / "benign" / name, strategy, seed, domain=None)
@@ -66,12 +68,11 @@ def test_the_whole_way_on_builtin_data(base: Path, tmp_path: Path) -> None:
     paths = [Path(p) for p in json.loads(result.stdout)["verdicts"]]
     assert paths == [tmp_path / "runs" / "base.verdicts.json", *(r / "verdicts.json" for r in runs)]
     of_base, none, plus = map(Verdicts.read, paths)
-    n_general, n_domain = len(load_probes("general")), len(load_probes("car_care"))
     assert (of_base.label, none.label, plus.label) == ("base", "none", "interleaving+")
     assert none.in_domain == ("car_care",) and of_base.run is None and of_base.model == none.base
-    assert none.statuses == {"probes ok": n_general + n_domain, "samples ok": 4, "tasks ok": 6}
+    assert none.statuses == {"probes ok": 18, "samples ok": 4, "tasks ok": 6}
     assert {p.set for p in of_base.probes} == {"general", *DOMAINS}
-    assert {p.set for p in none.probes} == {"general", "car_care"} and len(none.probes) == n_general + n_domain
+    assert {p.set for p in none.probes} == {"general", "car_care"} and len(none.probes) == 18
     assert none.probes != plus.probes and [s.question for s in none.samples] == [s.question for s in of_base.samples]
     assert none.run == RunCard.read(runs[0] / "run.json").digest
     assert none.benign_run == RunCard.read(benign[0] / "run.json").digest
@@ -80,7 +81,7 @@ def test_the_whole_way_on_builtin_data(base: Path, tmp_path: Path) -> None:
 
     shown = call("compare", *runs, "--out", tmp_path / "table")
     assert shown.exit_code == 0, shown.output
-    assert f"(n={n_general})" in shown.stdout and "interleaving+" in shown.stdout
+    assert "(n=9)" in shown.stdout and "interleaving+" in shown.stdout
     body = json.loads((tmp_path / "table" / "compare.json").read_text())
     assert [row["verdicts"] for row in body["rows"]] == [of_base.digest, none.digest, plus.digest]
     again = json.loads(call("compare", *paths, "--json").stdout)
@@ -198,12 +199,23 @@ def test_a_model_without_numbers_is_not_judged(base: Path, place: Path) -> None:
     run = make_run(base, place / "a", "none", 1)
     tiny_adapter(base, run / "adapter", scale=float("inf"))
     card = RunCard.read(run / "run.json")
-    from curate.core.model import with_adapter
-
     card.model_copy(update={"model": with_adapter(card.base, "a", run / "adapter")}).write(run / "run.json")
     with pytest.raises(UserError, match="no number for 2 of 2") as caught:
         judge_models([Target(str(run))], SETTINGS)
     assert caught.value.exit_code == Exit.FAILURE_RATE and not (run / "verdicts.json").exists()
+
+
+def test_a_base_whose_logits_are_bent_after_the_head_is_refused(base: Path, place: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed scoring multiplies hidden states with the head, so a model that goes on from there would be misjudged."""
+    monkeypatch.setattr("judge.run.load", lambda *args: bent(load(*args)))
+    with pytest.raises(UserError, match="differs from this model's own"):
+        judge_models([Target(str(base))], SETTINGS, place)
+
+
+def bent(loaded: Loaded) -> Loaded:
+    loaded.model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits * 3) or out)
+    return loaded
 
 
 def test_benign_runs_are_paired_by_order_or_by_name(base: Path, place: Path) -> None:

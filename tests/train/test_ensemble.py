@@ -13,7 +13,8 @@ from curate.core.model import read_run
 from curate.core.sources import file_source
 from curate.select import placed
 from tests.fakes import tiny_rows, write_rows
-from train.ensemble import narrow_source, train_ensemble
+from train.ensemble import train_ensemble
+from train.jobs import narrow_source
 from train.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]

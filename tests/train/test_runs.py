@@ -24,11 +24,12 @@ from curate.core.documents import RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.model import read_run
 from tests.fakes import tiny_mix, tiny_model
-from train import checkpoints, defenses, runs
+from train import checkpoints, defenses, jobs, runs
 from train.data import MixRow
 from train.defenses import Defense
+from train.jobs import prepare, prepare_all
 from train.recipe import Recipe
-from train.runs import Base, prepare, run, run_all, run_job
+from train.runs import run, run_jobs
 
 MakeRecipe = Callable[..., Recipe]
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -96,7 +97,7 @@ def test_a_finished_run_is_skipped_and_another_refused(mix: Path, recipe: MakeRe
     card = run(recipe(), mix, out)
     before = {name: os.stat(out / name).st_mtime_ns for name in files(out)}
     with monkeypatch.context() as patch:
-        patch.setattr(Base, "loaded", property(lambda base: pytest.fail("the model was loaded")))
+        patch.setattr(runs.Base, "loaded", property(lambda base: pytest.fail("the model was loaded")))
         assert run(recipe(save_every=7), mix, out) == card
         assert "is finished" in capsys.readouterr().err
         with pytest.raises(UserError, match=r"its lr is 0\.01, not 0\.02") as caught:
@@ -120,17 +121,16 @@ def test_several_mixes_share_one_base(mix: Path, recipe: MakeRecipe, tmp_path: P
     load = runs.load
     monkeypatch.setattr(runs, "load", lambda ref, *rest: (loads.append(ref), load(ref, *rest))[1])
     other = tiny_mix(tmp_path / "data", n_safe=1, name="few")
-    done = run_all(recipe(), [mix, other], tmp_path / "runs")
-    assert [folder.name for folder, _ in done] == ["mix", "few"] and len(loads) == 1
+    done = run_jobs(prepare_all(recipe(), [mix, other], tmp_path / "runs"))
+    assert [card.name for card in done] == ["mix", "few"] and len(loads) == 1
     run(recipe(), other, tmp_path / "alone" / "few")
     assert same(tmp_path / "runs" / "few", tmp_path / "alone" / "few")
     with pytest.raises(UserError, match="Two mixes are called 'mix'"):
-        run_all(recipe(), [mix, mix], tmp_path / "twice")
+        prepare_all(recipe(), [mix, mix], tmp_path / "twice")
     broken = tiny_mix(tmp_path / "broken", name="broken")
     (broken.parent / "safe.jsonl").write_text("")
     with pytest.raises(UserError, match="has changed"):
-        run_all(recipe(), [mix, broken], tmp_path / "late")
-    assert not (tmp_path / "late").exists()
+        prepare_all(recipe(), [mix, broken], tmp_path / "late")
 
 
 def killed(command: list[str], when: Path) -> None:
@@ -146,17 +146,17 @@ def killed(command: list[str], when: Path) -> None:
 
 def test_a_killed_run_goes_on_bit_for_bit(mix: Path, recipe: MakeRecipe, tmp_path: Path,
                                           capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = recipe(epochs=8, lora_dropout=0.1, accumulation=2, batch_size=2, save_every=3)
-    flags = ["--base", wanted.base, "--epochs", "8", "--lora-dropout", "0.1", "--accumulation", "2", "--batch-size",
-             "2", "--save-every", "3", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120", "--pack-tokens", "64",
+    wanted = recipe(epochs=6, lora_dropout=0.1, accumulation=2, batch_size=2, save_every=8)
+    flags = ["--base", wanted.base, "--epochs", "6", "--lora-dropout", "0.1", "--accumulation", "2", "--batch-size",
+             "2", "--save-every", "8", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120", "--pack-tokens", "64",
              "--dtype", "float32", "--device", "cpu"]
     out = tmp_path / "killed" / "run"
     killed([sys.executable, "-m", "train", "run", "--mix", str(mix), "--out", str(out), *flags],
-           out / "checkpoints" / "checkpoint-6" / checkpoints.MARKER)
+           out / "checkpoints" / "checkpoint-8" / checkpoints.MARKER)
     assert (out / "started.json").is_file() and not (out / "run.json").exists() and not (out / "adapter").exists()
     card = run(wanted, mix, out)
     assert "going on from checkpoint-" in capsys.readouterr().err
-    assert card.n_steps == 32
+    assert card.n_steps == 24
     run(wanted, mix, tmp_path / "whole" / "run")
     assert same(out, tmp_path / "whole" / "run")
     assert files(out) == sorted([*RESULTS, "run.json"])
@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_bit_for_bit(mix: Path, recipe: MakeRecipe, tmp_pat
 
 @dataclass
 class Interrupted(Defense):
-    """Stops the process's run at the n-th micro batch, as Ctrl-C would."""
+    """Stops the run at the n-th micro batch, or for 0 after the last, as Ctrl-C would."""
 
     after_calls: int = 0
     calls: int = 0
@@ -174,12 +174,15 @@ class Interrupted(Defense):
         if self.calls == self.after_calls:
             raise KeyboardInterrupt
 
+    def after(self, model: Any) -> None:
+        raise KeyboardInterrupt
+
 
 def interrupt(recipe: Recipe, mix: Path, out: Path, calls: int) -> None:
     job = prepare(recipe, mix, out)
     object.__setattr__(job, "defenses", (Interrupted(after_calls=calls),))
     with pytest.raises(KeyboardInterrupt):
-        run_job(job, Base(recipe.base, recipe.dtype, recipe.device))
+        run_jobs([job])
 
 
 TEARS: dict[str, Callable[[Path], Any]] = {
@@ -218,11 +221,23 @@ def test_without_checkpoints_it_starts_again(mix: Path, recipe: MakeRecipe, whol
     assert same(tmp_path / "run", whole())
 
 
+@pytest.mark.parametrize("knobs", [{}, {"limit_steps": 4}], ids=str)
+def test_a_run_killed_after_its_last_step_trains_no_further(mix: Path, recipe: MakeRecipe, whole: Callable[..., Path],
+                                                            tmp_path: Path, knobs: dict[str, int]) -> None:
+    interrupt(recipe(**knobs), mix, tmp_path / "run", calls=0)
+    card = run(recipe(**knobs), mix, tmp_path / "run")
+    assert card.n_steps == knobs.get("limit_steps", 5)
+    assert same(tmp_path / "run", whole(**knobs))
+
+
 def test_checkpoints_of_another_recipe_are_not_used(mix: Path, recipe: MakeRecipe, whole: Callable[..., Path],
                                                     tmp_path: Path) -> None:
     out = tmp_path / "run"
     interrupt(recipe(), mix, out, calls=4)
     with pytest.raises(UserError, match="holds another run: its seed is 0, not 1"):
+        run(recipe(seed=1), mix, out)
+    (out / "started.json").write_text("{")
+    with pytest.raises(UserError, match="is not as it was written"):
         run(recipe(seed=1), mix, out)
     run(recipe(seed=1), mix, out, overwrite=True)
     assert same(out, whole(seed=1))
@@ -273,8 +288,7 @@ def test_a_failed_run_saves_no_adapter(mix: Path, recipe: MakeRecipe, tmp_path: 
         def after(self, model: torch.nn.Module) -> None:
             next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
 
-    monkeypatch.setattr(defenses, "DEFENSES", {"spoiling": Spoiling})
-    monkeypatch.setattr(runs, "parse", lambda spec: defenses.parse(spec, {"spoiling": Spoiling}))
+    monkeypatch.setattr(jobs, "parse", lambda spec: defenses.parse(spec, {"spoiling": Spoiling}))
     for where, message in (("loss", "The loss became nan"), ("weights", "weights are not finite")):
         out = tmp_path / where
         with pytest.raises(UserError, match=message):
@@ -289,7 +303,7 @@ def test_a_defence_may_change_rows_but_not_their_number(mix: Path, recipe: MakeR
         def examples(self, rows: Sequence[MixRow]) -> Sequence[MixRow]:
             return rows[1:]
 
-    monkeypatch.setattr(runs, "parse", lambda spec: defenses.parse(spec, {"cutting": Cutting}))
+    monkeypatch.setattr(jobs, "parse", lambda spec: defenses.parse(spec, {"cutting": Cutting}))
     with pytest.raises(ValueError, match="made 13 rows of 14"):
         prepare(recipe(defenses=("cutting",)), mix, tmp_path)
 

@@ -1,0 +1,95 @@
+"""What is to be trained, checked before any model library is loaded: mixes, narrow data sets, defences."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curate.core.documents import Method, MixManifest, ModelIdentity
+from curate.core.errors import UserError, unknown
+from curate.core.model import SMOLLM2
+from curate.core.sources import BUILTIN, FORMATS, Source, builtin, file_source, read_source
+from train.data import MixRow, load_mix
+from train.defenses import Defense, parse
+from train.provenance import versions
+from train.recipe import Recipe, learnt
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose manifest and rows were found in order, before any model was touched."""
+
+    recipe: Recipe
+    manifest: MixManifest
+    rows: Sequence[MixRow]
+    defenses: tuple[Defense, ...]
+    out: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: that of its folder."""
+        return self.out.resolve().name
+
+    def claim(self, base: ModelIdentity) -> dict[str, Any]:
+        """Return what decides the adapter: two folders with the same claim hold the same run."""
+        return {"mix": self.manifest.digest, "base": base.id, **learnt(self.recipe.as_json())}
+
+
+def prepare(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = None) -> Job:
+    """Check a run's manifest, rows and defences; paths in the manifest are relative to ``root``, or to its folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("Training runs in one process, on one device.", "Start it without torchrun.")
+    manifest = MixManifest.read(manifest_path)
+    rows: Sequence[MixRow] = load_mix(manifest, root if root is not None else manifest_path.parent)
+    defenses = tuple(parse(spec) for spec in recipe.defenses)
+    for defense in defenses:
+        changed = defense.examples(rows)
+        if len(changed) != len(rows):
+            raise ValueError(f"{type(defense).__name__}.examples made {len(changed)} rows of {len(rows)}")
+        rows = changed
+    return Job(recipe, manifest, rows, defenses, out)
+
+
+def base_of(manifest_path: Path) -> str | None:
+    """Return the aligned model of a manifest's scores, where its name is enough to load it again, else None."""
+    aligned = MixManifest.read(manifest_path).aligned
+    if aligned is None or not (aligned.name == SMOLLM2 or aligned.weights.startswith("hub:")):
+        return None
+    return f"{aligned.name}@{aligned.revision}" if aligned.revision else aligned.name
+
+
+def prepare_all(recipe: Recipe, mixes: Sequence[Path], out: Path, root: Path | None = None) -> list[Job]:
+    """Check one recipe on several mixes: a single one is trained in ``out``, more in ``out`` / their names."""
+    stems = [path.stem for path in mixes]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise UserError(f"Two mixes are called '{stem}', so their runs would share a folder.",
+                            "Rename one, or train it with another --out.")
+    folders = [out] if len(mixes) == 1 else [out / stem for stem in stems]
+    return [prepare(recipe, mix, folder, root) for mix, folder in zip(mixes, folders, strict=True)]
+
+
+def narrow_source(text: str, root: Path, mapping: Mapping[str, str] | None = None,
+                  strip_think: bool = False) -> tuple[str, Source]:
+    """Return the name and the source of a narrow data set: a file below ``root``, or a builtin such as demo/cooking."""
+    path = Path(text)
+    if path.suffix in FORMATS or path.is_file():
+        return path.stem, file_source(path, root, mapping, strip_think)
+    narrow = [name for name in BUILTIN if "/" in name]
+    if text not in narrow:
+        raise unknown("narrow data set", text, [*narrow, *(f"PATH{ending}" for ending in FORMATS)])
+    return text.rpartition("/")[2], builtin(text)
+
+
+def narrow_mix(source: Source, root: Path, seed: int) -> MixManifest:
+    """Return the manifest of a narrow data set alone: exact duplicates dropped and counted, shuffled by content."""
+    ids = [example.id for example in read_source(source, root)]
+    distinct = dict.fromkeys(f"finetune/{example_id}" for example_id in ids)
+    order = sorted(distinct, key=lambda entry: hashlib.sha256(f"{seed}/{entry}".encode()).digest())
+    counts = {"corpus": 0, "selected": 0, "finetune": len(order), "finetune_duplicates": len(ids) - len(order)}
+    return MixManifest(sources={"finetune": source}, order=tuple(order), counts=counts, safeset=versions()["safeset"],
+                       method=Method(strategy="none", n=0, eps=0.0, seed=seed, min_answer_tokens=0))
