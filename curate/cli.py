@@ -109,7 +109,8 @@ def _score_job(corpora: tuple[str, ...], options: dict[str, Any]) -> Any:
 @click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True,
               help="In s_d = (misaligned - aligned) / (aligned + eps), nats per token.")
 @click.option("--members", help="Comma-separated members to use. [default: all]")
-@click.option("--min-answer-tokens", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--min-answer-tokens", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Shorter answers are not taken.")
 @click.option("--placement", type=click.Choice(["even", "shuffled"]), default="even", show_default=True,
               help="Where safe rows stand in the training order.")
 @click.option("--seed", default=0, show_default=True, help="Decides the random strategy and the order.")
@@ -117,7 +118,8 @@ def _score_job(corpora: tuple[str, ...], options: dict[str, Any]) -> Any:
 @click.option("--strip-think", is_flag=True, help="Clean the fine-tuning set of empty <think> blocks and /no_think.")
 @click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
               help="Folder that paths in the manifest are relative to. [default: the manifest's own]")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("manifest.json"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("manifest.json"), show_default=True,
+              help="The manifest.")
 @json_option
 def select(store: Path, finetune: str | None, out: Path, root: Path | None, as_json: bool, **options: Any) -> None:
     """Choose safe rows and write a mix manifest.
@@ -160,7 +162,8 @@ def select(store: Path, finetune: str | None, out: Path, root: Path | None, as_j
 @store_option
 @click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="For the view `scores`.")
 @click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
-@click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True,
+              help="Rows beyond are left out, and that is said.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Time limit.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 def sql(query: str, store: Path, style: str, as_json: bool, **options: Any) -> None:
@@ -182,8 +185,8 @@ def sql(query: str, store: Path, style: str, as_json: bool, **options: Any) -> N
 @main.command()
 @click.argument("which", type=click.Choice(["top", "bottom", "near", "random"]), default="top")
 @store_option
-@click.option("-n", "--n", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True)
+@click.option("-n", "--n", type=click.IntRange(min=1), default=5, show_default=True, help="How many rows.")
+@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="In s_d, nats per token.")
 @click.option("--frac", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
               help="Where the cut lies, for `near`.")
 @click.option("--refusals/--no-refusals", default=None, help="Only refusals, or only other answers.")

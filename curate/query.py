@@ -127,28 +127,35 @@ def define_views(connection: duckdb.DuckDBPyConnection, relations: Mapping[Kind,
 
 
 def _evidence_sql(ensemble: Ensemble) -> str:
-    """Return the SQL that brings the rows of all models together by example, in one pass.
+    """Return the SQL that brings the rows of all models together by example, in one pass over the numbers.
 
     Every model has a column of its own and the columns are added in a fixed order, so the result has the same bits
-    whatever the number of threads.
+    whatever the number of threads. Problems are few and grouped apart, which keeps the state of each group small.
     """
-    def mean(model_id: str) -> str:
-        return f"max(nll_sum / n_tokens) FILTER (model_id = {_text(model_id)} AND problem IS NULL)"
-
     aligned = _text(ensemble.aligned)
-    total = " + ".join(mean(m) for m in ensemble.members) or "NULL"
     wanted = ", ".join(_text(m) for m in (ensemble.aligned, *ensemble.members))
+    means = "".join(f", max(mean) FILTER (model_id = {_text(m)}) AS m{k}" for k, m in enumerate(ensemble.members))
+    names = [f"m{k}" for k in range(len(ensemble.members))]
+    total = " + ".join(names) or "NULL"
+    present = " + ".join(f"({name} IS NOT NULL)::BIGINT" for name in names) or "0::BIGINT"
     return f"""
-        SELECT example_id, {mean(ensemble.aligned)} AS nll_aligned,
-               (({total}) / {max(1, len(ensemble.members))})::DOUBLE AS nll_misaligned,
-               count(*) FILTER (model_id <> {aligned} AND problem IS NULL) AS n_members,
-               min(problem) FILTER (model_id = {aligned}) AS aligned_problem,
-               min(problem) FILTER (model_id <> {aligned}) AS member_problem
-        FROM (SELECT example_id, model_id, nll_sum, n_tokens,
-                     CASE WHEN status <> 'ok' THEN status
-                          WHEN NOT coalesce(isfinite(nll_sum) AND n_tokens > 0, false) THEN 'nonfinite' END AS problem
-              FROM nll WHERE model_id IN ({wanted}))
-        GROUP BY example_id"""
+        WITH numbers AS NOT MATERIALIZED (
+            SELECT example_id, model_id, CASE WHEN problem IS NULL THEN nll_sum / n_tokens END AS mean, problem
+            FROM (SELECT *, CASE WHEN status <> 'ok' THEN status
+                                 WHEN NOT coalesce(isfinite(nll_sum) AND n_tokens > 0, false) THEN 'nonfinite'
+                            END AS problem
+                  FROM nll WHERE model_id IN ({wanted}))),
+        means AS NOT MATERIALIZED (
+            SELECT example_id, max(mean) FILTER (model_id = {aligned}) AS nll_aligned{means}
+            FROM numbers GROUP BY example_id),
+        problems AS NOT MATERIALIZED (
+            SELECT example_id, min(problem) FILTER (model_id = {aligned}) AS aligned_problem,
+                   min(problem) FILTER (model_id <> {aligned}) AS member_problem
+            FROM numbers WHERE problem IS NOT NULL GROUP BY example_id)
+        SELECT example_id, nll_aligned, (({total}) / {max(1, len(names))})::DOUBLE AS nll_misaligned,
+               {present} AS n_members,
+               aligned_problem, member_problem
+        FROM means LEFT JOIN problems USING (example_id)"""
 
 
 SCORES_SQL = """
