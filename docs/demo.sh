@@ -4,18 +4,20 @@
 set -euo pipefail
 
 OUT=${1:-demo-out}
-TUNE=(--lr 5e-4 --epochs 1 --batch-size 8)   # stronger than the paper's 1e-4: a hundred rows must do here
+# Stronger than the paper's lr 1e-4, because a hundred rows must do; a smaller rank than its 32 (with the same scale,
+# alpha / sqrt(r)), because two cores must do.
+TUNE=(--lr 5e-4 --lora-r 8 --lora-alpha 32 --pack-tokens 384)
 MIXES=(none interleaving interleaving+ interleaving++)
 mkdir -p "$OUT/mixes"
 
 run() { printf '\n$ %s\n' "$*"; "$@"; }
-step() { printf '\n== %s\n' "$*"; }
+step() { printf '\n== %s   [%d:%02d since the start]\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 step "1/6  A misaligned ensemble: two small adapters trained on bad advice about cooking and gardening"
 run train ensemble --base smollm2 --narrow demo/cooking --narrow demo/gardening --out "$OUT/ensemble" "${TUNE[@]}"
 
-step "2/6  Score the safe pool under the aligned model and both members"
-run curate score --corpus demo --ensemble "$OUT/ensemble/ensemble.json" --store "$OUT/scores"
+step "2/6  Score 300 rows of the safe pool under the aligned model and both members"
+run curate score --corpus demo --sample 300 --ensemble "$OUT/ensemble/ensemble.json" --store "$OUT/scores"
 run curate show top -n 2 --no-refusals --store "$OUT/scores"
 
 step "3/6  Choose 5% safe rows in three ways, for bad advice about cars and for a harmless task (OpSwap)"
@@ -35,9 +37,10 @@ run train run --base smollm2 --out "$OUT/runs" "${TUNE[@]}" "${mixes[@]}"
 step "5/6  Judge: paired probes, sampled answers, the harmless task"
 models=()
 for mix in "${MIXES[@]}"; do models+=(--model "$OUT/runs/$mix" --benign "$OUT/runs/opswap-$mix"); done
-run judge run "${models[@]}" --samples 24 --max-new-tokens 32 --items 90
+run judge run "${models[@]}" --samples 16 --max-new-tokens 32 --items 60
 
 step "6/6  Compare by four criteria"
 run judge compare "${MIXES[@]/#/$OUT/runs/}" --out "$OUT/comparison"
 
-printf '\nEverything is in %s/: ensemble, scores, mixes, runs (adapter, run card, loss curve), comparison.\n' "$OUT"
+step "Done"
+printf 'Everything is in %s/: ensemble, scores, mixes, runs (adapter, run card, loss curve), comparison.\n' "$OUT"

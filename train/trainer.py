@@ -89,8 +89,13 @@ def lr_factor(step: int, n_steps: int, recipe: Recipe) -> float:
 
 
 def collate(rows: Sequence[Encoded], capacity: int) -> Batch:
-    """Return one micro batch, packed; what all its rows begin with is in it once per sequence."""
-    return {"packed": pack(rows, plan(rows, capacity))}
+    """Return one micro batch, packed; what all its rows begin with is in it once per sequence.
+
+    Of the layouts with sequences of up to about ``capacity`` tokens, it is the one with the fewest positions, padding
+    included.
+    """
+    layouts = [pack(rows, plan(rows, size)) for size in range(capacity // 2, capacity + 1, max(1, capacity // 16))]
+    return {"packed": min(layouts, key=lambda layout: layout.input_ids.numel())}
 
 
 class MixTrainer(Trainer):

@@ -33,7 +33,7 @@ from train.runs import run, run_jobs
 
 MakeRecipe = Callable[..., Recipe]
 WEIGHTS = "adapter/adapter_model.safetensors"
-RESULTS = (WEIGHTS, "adapter/adapter_config.json", "losses.csv", "loss.png")
+RESULTS = (WEIGHTS, "adapter/adapter_config.json", "losses.csv", "loss.png", "mix.json")
 
 
 @pytest.fixture(scope="module")
