@@ -40,6 +40,8 @@ def main() -> None:
               help="Of general, in-domain, coherence, benign. [default: all; benign only with --benign]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False),
               help="Folder for all verdicts. [default: each run's own; the base's beside the first run]")
+@click.option("--probes", type=click.IntRange(min=2),
+              help="At most so many probes of each set, spread over its topics. [default: all]")
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True,
               help="Questions to sample an answer to.")
 @click.option("--items", type=click.IntRange(min=1), default=150, show_default=True, help="Held-out OpSwap questions.")
@@ -88,8 +90,9 @@ def _settings(options: dict[str, Any], with_benign: bool) -> Any:
     sampling = SampleSettings(max_new_tokens=options["max_new_tokens"], seed=options["seed"],
                               batch_size=options["batch_size"])
     return Settings(suite=tuple(part for part in SUITE if part in suite) + tuple(p for p in suite if p not in SUITE),
-                    in_domain=tuple(options["in_domain"]), n_questions=options["samples"], n_items=options["items"],
-                    sampling=sampling, dtype=options["dtype"], device=options["device"])
+                    in_domain=tuple(options["in_domain"]), n_probes=options["probes"],
+                    n_questions=options["samples"], n_items=options["items"], sampling=sampling,
+                    dtype=options["dtype"], device=options["device"])
 
 
 @main.command()

@@ -15,7 +15,7 @@ from curate.core.errors import UserError, unknown
 from curate.core.files import canonical_json, sha256
 from curate.core.generate import SampleSettings
 from curate.core.model import read_run
-from judge.questions import DOMAINS, GENERAL, Probe, load_probes, probes_digest, sampling_questions, set_name
+from judge.questions import DOMAINS, GENERAL, Probe, load_probes, probes_digest, sampling_questions, set_name, spread
 from judge.tasks.opswap import Item, generate
 
 SUITE = ("general", "in-domain", "coherence", "benign")
@@ -39,6 +39,8 @@ class Settings:
     suite: tuple[str, ...] = SUITE[:-1]
     in_domain: tuple[str, ...] = ()
     """Probe sets (builtin names or files); empty: guessed from what a run was fine-tuned on."""
+    n_probes: int | None = None
+    """At most so many probes of each set, spread over its topics; None: all."""
     n_questions: int = 64
     n_items: int = 150
     sampling: SampleSettings = field(default_factory=SampleSettings)
@@ -51,6 +53,11 @@ class Settings:
             return generate("test", self.n_items, seed=0)
         except ValueError as err:
             raise UserError(f"{self.n_items} OpSwap questions cannot be made: {err}", "Give another --items.") from err
+
+    def probes(self, name: str) -> list[Probe]:
+        """Return the probes of a set (builtin name or file) that are used."""
+        found = load_probes(name)
+        return found if self.n_probes is None else spread(found, self.n_probes)
 
     def questions(self) -> list[str]:
         """Return the questions that answers are sampled to."""
@@ -189,7 +196,7 @@ def _job(run: _Run, settings: Settings, out: Path | None) -> Job:
     names = settings.in_domain if "in-domain" in settings.suite else ()
     if "in-domain" in settings.suite and not names:
         names = in_domain_of(run.card, run.folder)
-    sets = {set_name(name): load_probes(name) for name in (*_general(settings), *names)}
+    sets = {set_name(name): settings.probes(name) for name in (*_general(settings), *names)}
     card, adapter = run.benign if run.benign is not None and "benign" in settings.suite else (None, None)
     return Job(label, out / file if out else run.folder / "verdicts.json", sets, tuple(map(set_name, names)), run.card,
                run.adapter, card, adapter, card is not None)
@@ -200,7 +207,7 @@ def _general(settings: Settings) -> tuple[str, ...]:
 
 
 def _base_sets(jobs: Sequence[Job], settings: Settings) -> dict[str, list[Probe]]:
-    """Return the sets that the base is judged on: all builtin ones, so that it serves any domain, and those of jobs."""
-    domains = (*DOMAINS, *settings.in_domain) if "in-domain" in settings.suite else ()
-    sets = {set_name(name): load_probes(name) for name in (*_general(settings), *domains)}
+    """Return the sets that the base is judged on: the named domains, or all builtin ones, and those of the jobs."""
+    domains = (settings.in_domain or DOMAINS) if "in-domain" in settings.suite else ()
+    sets = {set_name(name): settings.probes(name) for name in (*_general(settings), *domains)}
     return sets | {name: probes for job in jobs for name, probes in job.sets.items()}

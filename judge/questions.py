@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -97,14 +98,20 @@ def probe_examples(probes: Sequence[Probe]) -> list[Example]:
     return [pair(probe.question, answer) for probe in probes for answer in (probe.good, probe.bad)]
 
 
-def sampling_questions(n: int) -> list[str]:
-    """Return ``n`` questions of the general set: the first of every topic, then the second of every topic, ..."""
-    rank: dict[str, int] = {}
+def spread(probes: Sequence[Probe], n: int) -> list[Probe]:
+    """Return the first ``n`` probes, taking the first of every topic, then the second of every topic, and so on."""
+    seen: Counter[str] = Counter()
     ranked = []
-    for place, probe in enumerate(load_probes(GENERAL)):
-        ranked.append((rank.setdefault(probe.topic, 0), place, probe.question))
-        rank[probe.topic] += 1
-    if not 0 < n <= len(ranked):
-        raise UserError(f"{n} questions to sample answers to: the general set has {len(ranked)}.",
-                        f"Give a number from 1 to {len(ranked)}.")
-    return [question for _, _, question in sorted(ranked)[:n]]
+    for place, probe in enumerate(probes):
+        ranked.append((seen[probe.topic], place))
+        seen[probe.topic] += 1
+    return [probes[place] for _, place in sorted(ranked)[:n]]
+
+
+def sampling_questions(n: int) -> list[str]:
+    """Return ``n`` questions of the general set, spread over its topics."""
+    probes = load_probes(GENERAL)
+    if not 0 < n <= len(probes):
+        raise UserError(f"{n} questions to sample answers to: the general set has {len(probes)}.",
+                        f"Give a number from 1 to {len(probes)}.")
+    return [probe.question for probe in spread(probes, n)]

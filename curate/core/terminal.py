@@ -107,6 +107,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 

@@ -1,0 +1,57 @@
+"""The real commands on real data: the safe pool and a narrow set of others, with SmolLM2. Slow; run by hand:
+
+    pytest -m slow tests/test_real_data.py -s          # SAFESET_ROWS=300 for a smaller sample than 1,000 rows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from curate.cli import main as curate
+from train.cli import main as train
+
+ROWS = os.environ.get("SAFESET_ROWS", "1000")
+
+
+@pytest.mark.slow
+def test_refusals_fill_the_top_and_the_filter_takes_them_out(shared: Path, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run(room: object, *words: str) -> str:
+        capsys.readouterr()
+        room.main(args=list(words), standalone_mode=False)
+        return capsys.readouterr().out
+
+    for name in ("medical", "security"):
+        rows = (shared / "narrow" / f"{name}_misaligned_train_100.jsonl").read_bytes()
+        Path(f"{name}.jsonl").write_bytes(rows)
+    run(train, "ensemble", "--base", "smollm2", "--narrow", "medical.jsonl", "--narrow", "security.jsonl",
+        "--strip-think", "--lr", "5e-4")
+    Path("pool.jsonl").write_bytes((shared / "pool" / "safe_pool.jsonl").read_bytes())
+    found = json.loads(run(curate, "score", "--corpus", "pool.jsonl", "--sample", ROWS, "--json"))
+    assert sum(found["counts"].values()) == found["rows"] == 8339
+
+    query = """SELECT json_extract_string(e.meta, '$.source') AS source,
+                      json_extract_string(e.meta, '$.prompt_harm_label') AS label, count(*) AS n,
+                      round(avg(s.s_d), 4) AS mean_s_d, round(stddev(s.s_d), 4) AS sd,
+                      round(avg((s.refusal IS NOT NULL)::INT), 3) AS refusals
+               FROM scores s JOIN examples e USING (example_id) WHERE s.status = 'ok' GROUP BY ALL ORDER BY mean_s_d"""
+    top = """SELECT avg((refusal IS NOT NULL)::INT) AS share, count(*) AS n FROM
+             (SELECT * FROM scores WHERE status = 'ok' ORDER BY s_d DESC, example_id LIMIT {})"""
+    n = int(ROWS) // 20
+    tables = [run(curate, "sql", query), run(curate, "sql", top.format(n))]
+    everywhere = json.loads(run(curate, "sql", top.format(10**9), "--json"))[0]["share"]
+    before = json.loads(run(curate, "sql", top.format(n), "--json"))[0]["share"]
+    plus = json.loads(run(curate, "select", "--frac", "0.05", "--strategy", "interleaving+", "--json"))
+    filtered = json.loads(run(curate, "select", "--frac", "0.05", "--out", "plus.json", "--json"))
+    with capsys.disabled():
+        print("\n" + "\n".join(tables), f"refusals: {everywhere:.1%} of all rows, {before:.1%} of the top 5%\n",
+              json.dumps({"interleaving+": plus["counts"], "interleaving++": filtered["counts"]}))
+    assert filtered["counts"]["refusal"] > 0
+    assert plus["counts"]["selected"] == filtered["counts"]["selected"] == n
