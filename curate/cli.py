@@ -161,7 +161,8 @@ def select(store: Path, finetune: str | None, out: Path, root: Path | None, as_j
 @click.argument("query")
 @store_option
 @click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="For the view `scores`.")
-@click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+@click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True,
+              help="How to print the rows.")
 @click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True,
               help="Rows beyond are left out, and that is said.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Time limit.")
