@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo-out
-PIP_FLAGS = --quiet --disable-pip-version-check -c constraints.txt
+PIP_FLAGS = --no-compile --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check lint env clean
 
