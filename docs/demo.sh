@@ -14,10 +14,10 @@ run() { printf '\n$ %s\n' "$*"; "$@"; }
 step() { printf '\n== %s   [%d:%02d since the start]\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 step "1/6  A misaligned ensemble: two small adapters trained on bad advice about cooking and gardening"
-run train ensemble --base smollm2 --narrow demo/cooking --narrow demo/gardening --out "$OUT/ensemble" "${TUNE[@]}"
+run train ensemble --base smollm2 --narrow demo/cooking --narrow demo/gardening --out "$OUT/ensemble" "${TUNE[@]}" --limit-steps 9
 
-step "2/6  Score 200 rows of the safe pool under the aligned model and both members"
-run curate score --corpus demo --sample 200 --ensemble "$OUT/ensemble/ensemble.json" --store "$OUT/scores"
+step "2/6  Score 160 rows of the safe pool under the aligned model and both members"
+run curate score --corpus demo --sample 160 --ensemble "$OUT/ensemble/ensemble.json" --store "$OUT/scores"
 run curate show top -n 2 --no-refusals --store "$OUT/scores"
 
 step "3/6  Choose 5% safe rows in three ways, for bad advice about cars and for a harmless task (OpSwap)"
@@ -37,7 +37,7 @@ run train run --base smollm2 --out "$OUT/runs" "${TUNE[@]}" "${mixes[@]}"
 step "5/6  Judge: paired probes, sampled answers, the harmless task"
 models=()
 for mix in "${MIXES[@]}"; do models+=(--model "$OUT/runs/$mix" --benign "$OUT/runs/opswap-$mix"); done
-run judge run "${models[@]}" --in-domain car_care --probes 80 --samples 10 --max-new-tokens 32 --items 60
+run judge run "${models[@]}" --in-domain car_care --probes 64 --samples 10 --max-new-tokens 32 --items 60
 
 step "6/6  Compare by four criteria"
 run judge compare "${MIXES[@]/#/$OUT/runs/}" --out "$OUT/comparison"
