@@ -25,9 +25,9 @@ import torch
 
 from curate.core.chat import Encoded, encode
 from curate.core.model import Loaded, load
-from curate.core.nll import answer_nll, body
+from curate.core.nll import answer_nll, body, default_budget
 from curate.core.sources import file_source, read_source
-from curate.scorers.transformers import TransformersScorer, default_budget
+from curate.scorers.transformers import TransformersScorer
 
 ENGINES = ("ours", "lm-eval", "naive")
 

@@ -16,7 +16,7 @@ from curate.core.errors import Exit, UserError
 from curate.core.example import Message, pair
 from curate.core.generate import SampleSettings, sample
 from curate.core.model import Loaded, adapter_open, check_base, identify, load, pick_device, pick_dtype
-from curate.core.nll import Budget, check_forward
+from curate.core.nll import TOLERANCE_NATS, Budget, check_forward, default_budget
 from curate.core.terminal import progress, say
 from judge.jobs import REPLY_TOKENS, Job, Settings, Target, plan
 from judge.likelihood import score_probes, score_samples
@@ -30,9 +30,6 @@ JUDGE = "likelihood-1"
 """Changes whenever the same model and settings would give other numbers."""
 
 PACKAGES = ("safeset", "torch", "transformers", "peft")
-TOLERANCE_NATS = 0.15
-"""How far packed and plain passes may differ: rounding in short formats, but no other architecture."""
-
 MAX_FAILED = 0.05
 """Share of probes that may lack a number before a model is not judged at all."""
 
@@ -78,7 +75,7 @@ def _load(ref: str, dtype: str, device: str) -> Loaded:
     """Load the base and check on one probe that the packed forward pass agrees with its own."""
     loaded = load(ref, dtype, device)
     probe = probe_examples(load_probes(GENERAL)[:1])
-    check_forward(loaded.model, encode(loaded.tokenizer, probe, 2**30), TOLERANCE_NATS)
+    check_forward(loaded.model, encode(loaded.tokenizer, probe, 2**30), TOLERANCE_NATS[dtype])
     return loaded
 
 
@@ -105,7 +102,7 @@ def _kept(path: Path, about: dict[str, Any]) -> bool:
 
 
 def _measure(loaded: Loaded, job: Job, settings: Settings) -> _Numbers:
-    budget = Budget(512, 32768) if loaded.device.startswith("cuda") else Budget()
+    budget = default_budget(loaded.device)
     questions = settings.questions() if "coherence" in settings.suite else []
     with _opened(loaded, job.adapter) as model:
         probes, by_status = _probes(loaded, model, job, budget)

@@ -25,7 +25,7 @@ from curate.core.documents import ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sync_folder, write_atomic
 from curate.core.model import Loaded, identify, load, pick_device, pick_dtype, read_run, with_adapter
-from curate.core.nll import check_forward
+from curate.core.nll import TOLERANCE_NATS, check_forward
 from curate.core.terminal import quiet_libraries, say
 from train import checkpoints
 from train.curve import loss_png, losses_csv
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 CARD, STARTED, ADAPTER, CHECKPOINTS = "run.json", "started.json", "adapter", "checkpoints"
 OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", "mix.json")
-TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.15}
-"""How far the packed pass may differ from the model's plain one; wrong masks and scaled logits differ by whole nats."""
 
 
 class Base:

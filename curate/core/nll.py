@@ -87,6 +87,15 @@ class Budget:
     tokens: int = 2048
 
 
+def default_budget(device: str) -> Budget:
+    """Return how much to compute at once on ``device``."""
+    return Budget(capacity=512, tokens=32768) if device.startswith("cuda") else Budget()
+
+
+TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+"""How far packed and plain passes may differ on a short example; wrong masks and scaled logits differ by whole nats."""
+
+
 def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budget = Budget(),
                notify: Callable[[str], None] = lambda text: None) -> Iterator[list[tuple[int, AnswerNll]]]:
     """Yield ``(index, evidence)`` for every example, a forward pass at a time.

@@ -10,10 +10,7 @@ import torch
 
 from curate.core.chat import Encoded
 from curate.core.model import Loaded, adapter_open
-from curate.core.nll import AnswerNll, Budget, answer_nll, check_forward
-
-TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-"""How far packed and plain passes may differ on a short example; wrong masks and scaled logits differ by whole nats."""
+from curate.core.nll import TOLERANCE_NATS, AnswerNll, Budget, answer_nll, check_forward, default_budget
 
 
 class TransformersScorer:
@@ -50,8 +47,3 @@ class TransformersScorer:
             check_forward(self._model, shortest, TOLERANCE_NATS[self.dtype])
             self._checked = True
         yield from answer_nll(self._model, encoded, self.budget, notify)
-
-
-def default_budget(device: str) -> Budget:
-    """Return how much to compute at once, measured in bench/scoring.py."""
-    return Budget(capacity=512, tokens=32768) if device.startswith("cuda") else Budget(capacity=256, tokens=2048)
