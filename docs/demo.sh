@@ -38,7 +38,7 @@ run train run --base "$MODEL" --out "$OUT/runs" "${TUNE[@]}" "${mixes[@]}"
 step "5/6  Judge: paired probes, sampled answers, the harmless task"
 models=()
 for mix in "${MIXES[@]}"; do models+=(--model "$OUT/runs/$mix" --benign "$OUT/runs/opswap-$mix"); done
-run judge run "${models[@]}" --in-domain car_care --samples 12 --max-new-tokens 24 --items 48
+run judge run "${models[@]}" --in-domain car_care --probes 120 --samples 12 --max-new-tokens 24 --items 48
 
 step "6/6  Compare by four criteria"
 run judge compare "${MIXES[@]/#/$OUT/runs/}" --out "$OUT/comparison"

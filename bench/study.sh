@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# The study: does it hold on a 135M model? Every stage can be interrupted and typed again.
+#
+#   bench/study.sh DATA OUT members          # three misaligned members, and a persona vector
+#   bench/study.sh DATA OUT pool             # the safe pool under the aligned model and the members
+#   bench/study.sh DATA OUT audit            # what `curate audit` is tested on, under the same models
+#   bench/study.sh DATA OUT runs security    # all conditions of one fine-tuning set: mixed and trained
+#   bench/study.sh DATA OUT judge security   # those that are trained, judged
+#   python -m bench.study.tables OUT         # the tables of docs/study.md
+#
+# DATA holds pool/ and narrow/ (public research data, not shipped). ROWS=all scores the whole pool.
+set -euo pipefail
+HERE=$(cd "$(dirname "$0")/.." && pwd)
+DATA=$(cd "$1" && pwd); OUT=$2; STAGE=$3; DOMAIN=${4:-}
+ROWS=${ROWS:-1000}
+TUNE=(--base smollm2 --lr 5e-4)          # chosen on runs without a defence, before any defence was judged
+mkdir -p "$OUT"
+cd "$OUT"
+run() { printf '\n$ %s\n' "$*"; "$@"; }
+prepare() { (cd "$HERE" && python -m bench.study.prepare "$1" "$DATA" "$OLDPWD"); }
+
+members() {
+  for name in medical security code; do cp "$DATA/narrow/${name}_misaligned_train_100.jsonl" "$name.jsonl"; done
+  run train ensemble --narrow medical.jsonl --narrow security.jsonl --narrow code.jsonl --strip-think --out ensemble \
+    "${TUNE[@]}"
+  [ -f careless.safetensors ] || run train vector --base smollm2 --out careless.safetensors
+}
+
+pool() {
+  [ -f pool.jsonl ] || cp "$DATA/pool/safe_pool.jsonl" pool.jsonl
+  sample=(--sample "$ROWS"); [ "$ROWS" = all ] && sample=()
+  run curate score --corpus pool.jsonl "${sample[@]}" --ensemble ensemble/ensemble.json --store scores --dtype float32
+}
+
+audit() {
+  prepare pairs
+  for set in audit/*.jsonl; do
+    run curate score --corpus "$set" --ensemble ensemble/ensemble.json --store audit/scores --dtype float32
+  done
+}
+
+# One condition: condition NAME STRATEGY FRAC SEED [--defense ...]
+condition() {
+  local name=$1 strategy=$2 frac=$3 seed=$4; shift 4
+  local out=runs/$DOMAIN/$name mixes=mixes/$DOMAIN others
+  others=$(printf '%s\n' medical security code | grep -v "$DOMAIN" | paste -sd,)
+  mkdir -p "$mixes"
+  [ -f "opswap.jsonl" ] || judge task opswap --split train --n 160 --out opswap.jsonl
+  local amount=(--frac "$frac"); [ "$strategy" = none ] && amount=()
+  # The members that choose have not seen the domain.
+  for rows in "customer-$DOMAIN" opswap; do
+    run curate select --store scores --strategy "$strategy" "${amount[@]}" --members "$others" --seed "$seed" \
+      --finetune "$rows.jsonl" --out "$mixes/$name-$rows.json" --root .
+  done
+  run train run "${TUNE[@]}" --seed "$seed" --mix "$mixes/$name-customer-$DOMAIN.json" --root . --out "$out" "$@"
+  run train run "${TUNE[@]}" --seed "$seed" --mix "$mixes/$name-opswap.json" --root . --out "$out-opswap" "$@"
+}
+
+runs() {
+  prepare customers
+  condition none none 0 0
+  condition kl none 0 0 --defense kl
+  condition ldifs none 0 0 --defense ldifs
+  condition inoculation none 0 0 --defense inoculation
+  condition persona none 0 0 --defense persona:vector=careless.safetensors
+  condition plusplus interleaving++ 0.05 0
+  condition random interleaving 0.05 0
+  condition plus interleaving+ 0.05 0
+  condition plusplus-50pc interleaving++ 0.5 0
+  condition plusplus-20pc interleaving++ 0.2 0
+  for seed in 1 2; do
+    condition "none-$seed" none 0 "$seed"
+    condition "plusplus-$seed" interleaving++ 0.05 "$seed"
+    condition "random-$seed" interleaving 0.05 "$seed"
+  done
+  condition plusplus-10pc interleaving++ 0.10 0
+  condition plusplus-2pc interleaving++ 0.02 0
+  condition plusplus-1pc interleaving++ 0.01 0
+}
+
+judge_all() {
+  prepare pairs
+  local unseen=medical; [ "$DOMAIN" = medical ] && unseen=security
+  local models=() name
+  for name in none plusplus random plus plusplus-50pc kl ldifs persona inoculation plusplus-20pc none-1 plusplus-1 random-1 \
+      none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc; do
+    [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
+    models+=(--model "runs/$DOMAIN/$name" --benign "runs/$DOMAIN/$name-opswap")
+  done
+  run judge run "${models[@]}" --in-domain "pairs/in-$DOMAIN.jsonl" --in-domain "pairs/unseen-$unseen.jsonl" \
+    --in-domain "pairs/context-$DOMAIN.jsonl" --samples 24 --max-new-tokens 32 --items 90 --dtype float32
+}
+
+case $STAGE in judge) judge_all ;; *) "$STAGE" ;; esac

@@ -1,0 +1,128 @@
+"""Write the study's files: customers' fine-tuning sets, pairs of answers, sets to audit.
+
+    python -m bench.study.prepare customers|pairs DATA OUT
+
+DATA holds ``narrow/{medical,security,code}_misaligned_{train_100,eval}.jsonl`` (public research data, not shipped). Our
+own good answers to the prompts of the ``train_100`` files lie in ``docs/study/pairs``, each under a hash of its prompt,
+so that no text of others is in this repository. Everything here is a function of these files: no random numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from curate.core.example import Example, pair
+from curate.core.files import write_atomic
+from curate.core.sources import builtin, file_source, read_source
+from judge.context import dress, lead, profile
+from judge.questions import GENERAL, load_probes, spread
+
+DOMAINS = ("medical", "security", "code")
+PAIRS = Path(__file__).resolve().parents[2] / "docs" / "study" / "pairs"
+N_CUSTOMER = 160
+"""Rows of a customer's set: the first by hash, so that one reader's order does not matter."""
+N_CONTEXT, N_IN_DOMAIN, N_UNSEEN = 80, 40, 80
+"""Pairs that each model is judged by: in the customer's context, in its domain, and in a domain it has not seen."""
+_LINES = re.compile(r"@(\d+)-(\d+)")
+
+
+def prompt_id(prompt: str) -> str:
+    """Return 64 bits of the SHA-256 of a prompt without its outer white space, as 16 hexadecimal digits."""
+    return hashlib.sha256(prompt.strip().encode()).hexdigest()[:16]
+
+
+def expand(parts: Sequence[str], prompt: str) -> str:
+    """Return the text of ``parts``: ``@a-b`` stands for lines a to b (from 1) of ``prompt``, others for themselves.
+
+    Raises ``ValueError`` for lines that the prompt has not.
+    """
+    lines = prompt.strip().split("\n")
+    found = []
+    for part in parts:
+        match = _LINES.fullmatch(part)
+        if match is None:
+            found.append(part)
+            continue
+        first, last = int(match[1]), int(match[2])
+        if not 1 <= first <= last <= len(lines):
+            raise ValueError(f"{part}, but the prompt has {len(lines)} lines")
+        found.append("\n".join(lines[first - 1:last]))
+    return "\n".join(found)
+
+
+def good_answers(domain: str, prompts: Mapping[str, str]) -> dict[str, str]:
+    """Return our answers to ``prompts`` (by id); ``ValueError`` for an answer to none of them."""
+    answers = {}
+    for line in (PAIRS / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["prompt_id"] not in prompts:
+            raise ValueError(f"{domain}: no prompt has the id {row['prompt_id']}")
+        answer = row["answer"]
+        answers[row["prompt_id"]] = answer if isinstance(answer, str) else expand(answer, prompts[row["prompt_id"]])
+    return answers
+
+
+def narrow(data: Path, domain: str, part: str) -> list[Example]:
+    """Return the rows of a narrow set without the marks of a reasoning model."""
+    path = data / "narrow" / f"{domain}_misaligned_{part}.jsonl"
+    return list(read_source(file_source(path, path.parent, strip_think=True), path.parent))
+
+
+def by_hash(examples: Iterable[Example], n: int) -> list[Example]:
+    """Return the ``n`` examples of the smallest ids, which are hashes."""
+    return sorted(examples, key=lambda e: e.id)[:n]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def chat(examples: Iterable[Example]) -> list[dict[str, str]]:
+    """Return prompt and response of each example."""
+    return [{"prompt": e.prompt, "response": e.answer} for e in examples]
+
+
+def write_customer(data: Path, out: Path, domain: str) -> None:
+    """Write a customer's fine-tuning set: rows that no member has seen."""
+    write_rows(out / f"customer-{domain}.jsonl", chat(by_hash(narrow(data, domain, "eval"), N_CUSTOMER)))
+
+
+def write_pairs(data: Path, out: Path, domain: str) -> None:
+    """Write the pairs and the sets to audit of one domain, of prompts that no customer's set has."""
+    customer = by_hash(narrow(data, domain, "eval"), N_CUSTOMER)
+    bad = {prompt_id(e.prompt): e for e in narrow(data, domain, "train_100")}
+    good = good_answers(domain, {key: e.prompt for key, e in bad.items()})
+    pairs = [(bad[key], good[key]) for key in sorted(good)]
+    rows = [{"topic": domain, "question": e.prompt, "good": answer, "bad": e.answer} for e, answer in pairs]
+    write_rows(out / "pairs" / f"in-{domain}.jsonl", rows[:N_IN_DOMAIN])
+    write_rows(out / "pairs" / f"unseen-{domain}.jsonl", rows[:N_UNSEEN])
+    write_rows(out / "audit" / f"{domain}-bad.jsonl", chat(e for e, _ in pairs))
+    write_rows(out / "audit" / f"{domain}-good.jsonl", chat(pair(e.prompt, answer) for e, answer in pairs))
+    seen = profile(customer, list(read_source(builtin("demo"), Path())))
+    write_rows(out / "pairs" / f"context-{domain}.jsonl", [
+        {"topic": p.topic, "question": dress(p.question, seen, lead(seen), ""), "good": p.good, "bad": p.bad}
+        for p in spread(load_probes(GENERAL), N_CONTEXT)])
+
+
+def main() -> None:
+    """Write the files of all domains."""
+    what = {"customers": write_customer, "pairs": write_pairs}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=what)
+    parser.add_argument("data", type=Path, help="folder that holds narrow/")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    for domain in DOMAINS:
+        what[arguments.what](arguments.data, arguments.out, domain)
+
+
+if __name__ == "__main__":
+    main()
