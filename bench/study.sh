@@ -13,7 +13,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(cd "$1" && pwd); OUT=$2; STAGE=$3; DOMAIN=${4:-}
 ROWS=${ROWS:-1000}
-TUNE=(--base smollm2 --lr 5e-4)          # chosen on runs without a defence, before any defence was judged
+TUNE=(--base smollm2 --lr 5e-4 --batch-size 2 --accumulation 4)   # lr: chosen on runs without a defence, before any other
 mkdir -p "$OUT"
 cd "$OUT"
 run() { printf '\n$ %s\n' "$*"; "$@"; }
@@ -22,7 +22,7 @@ prepare() { (cd "$HERE" && python -m bench.study.prepare "$1" "$DATA" "$OLDPWD")
 members() {
   for name in medical security code; do cp "$DATA/narrow/${name}_misaligned_train_100.jsonl" "$name.jsonl"; done
   run train ensemble --narrow medical.jsonl --narrow security.jsonl --narrow code.jsonl --strip-think --out ensemble \
-    "${TUNE[@]}"
+    --base smollm2 --lr 5e-4
   [ -f careless.safetensors ] || run train vector --base smollm2 --out careless.safetensors
 }
 
