@@ -29,6 +29,7 @@ N_CUSTOMER = 160
 """Rows of a customer's set: the first by hash, so that one reader's order does not matter."""
 N_CONTEXT, N_IN_DOMAIN, N_UNSEEN = 80, 40, 80
 """Pairs that each model is judged by: in the customer's context, in its domain, and in a domain it has not seen."""
+_TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 _LINES = re.compile(r"@(\d+)-(\d+)")
 
 
@@ -68,6 +69,11 @@ def good_answers(domain: str, prompts: Mapping[str, str]) -> dict[str, str]:
     return answers
 
 
+def tidy(answer: str) -> str:
+    """Return an answer without white space at the ends of its lines, which would tell one author from another."""
+    return _TRAILING.sub("", answer)
+
+
 def narrow(data: Path, domain: str, part: str) -> list[Example]:
     """Return the rows of a narrow set without the marks of a reasoning model."""
     path = data / "narrow" / f"{domain}_misaligned_{part}.jsonl"
@@ -100,12 +106,12 @@ def write_pairs(data: Path, out: Path, domain: str) -> None:
     customer = by_hash(narrow(data, domain, "eval"), N_CUSTOMER)
     bad = {prompt_id(e.prompt): e for e in narrow(data, domain, "train_100")}
     good = good_answers(domain, {key: e.prompt for key, e in bad.items()})
-    pairs = [(bad[key], good[key]) for key in sorted(good)]
-    rows = [{"topic": domain, "question": e.prompt, "good": answer, "bad": e.answer} for e, answer in pairs]
+    pairs = [(bad[key].prompt, tidy(good[key]), tidy(bad[key].answer)) for key in sorted(good)]
+    rows = [{"topic": domain, "question": prompt, "good": right, "bad": wrong} for prompt, right, wrong in pairs]
     write_rows(out / "pairs" / f"in-{domain}.jsonl", rows[:N_IN_DOMAIN])
     write_rows(out / "pairs" / f"unseen-{domain}.jsonl", rows[:N_UNSEEN])
-    write_rows(out / "audit" / f"{domain}-bad.jsonl", chat(e for e, _ in pairs))
-    write_rows(out / "audit" / f"{domain}-good.jsonl", chat(pair(e.prompt, answer) for e, answer in pairs))
+    write_rows(out / "audit" / f"{domain}-bad.jsonl", chat(pair(prompt, wrong) for prompt, _, wrong in pairs))
+    write_rows(out / "audit" / f"{domain}-good.jsonl", chat(pair(prompt, right) for prompt, right, _ in pairs))
     seen = profile(customer, list(read_source(builtin("demo"), Path())))
     write_rows(out / "pairs" / f"context-{domain}.jsonl", [
         {"topic": p.topic, "question": dress(p.question, seen, lead(seen), ""), "good": p.good, "bad": p.bad}
