@@ -22,7 +22,7 @@ prepare() { (cd "$HERE" && python -m bench.study.prepare "$1" "$DATA" "$OLDPWD")
 members() {
   for name in medical security code; do cp "$DATA/narrow/${name}_misaligned_train_100.jsonl" "$name.jsonl"; done
   run train ensemble --narrow medical.jsonl --narrow security.jsonl --narrow code.jsonl --strip-think --out ensemble \
-    --base smollm2 --lr 5e-4
+    --base smollm2 --lr 5e-4 --batch-size 2 --accumulation 4
   [ -f careless.safetensors ] || run train vector --base smollm2 --out careless.safetensors
 }
 
@@ -45,7 +45,7 @@ condition() {
   local out=runs/$DOMAIN/$name mixes=mixes/$DOMAIN others
   others=$(printf '%s\n' medical security code | grep -v "$DOMAIN" | paste -sd,)
   mkdir -p "$mixes"
-  [ -f "opswap.jsonl" ] || judge task opswap --split train --n 160 --out opswap.jsonl
+  [ -f "opswap.jsonl" ] || judge task opswap --split train --n 100 --out opswap.jsonl
   local amount=(--frac "$frac"); [ "$strategy" = none ] && amount=()
   # The members that choose have not seen the domain.
   for rows in "customer-$DOMAIN" opswap; do

@@ -25,7 +25,7 @@ from judge.questions import GENERAL, load_probes, spread
 
 DOMAINS = ("medical", "security", "code")
 PAIRS = Path(__file__).resolve().parents[2] / "docs" / "study" / "pairs"
-N_CUSTOMER = 160
+N_CUSTOMER = 100
 """Rows of a customer's set: the first by hash, so that one reader's order does not matter."""
 N_CONTEXT, N_IN_DOMAIN, N_UNSEEN = 80, 40, 80
 """Pairs that each model is judged by: in the customer's context, in its domain, and in a domain it has not seen."""

@@ -1,0 +1,150 @@
+"""What s_d is made of on the safe pool: sources, refusals, stability, what it tracks (docs/study.md, tables 1 to 5).
+
+    python -m bench.study.scores OUT/scores
+
+Everything is computed from the store's evidence; other members or another eps need no rescoring.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from curate.query import connect
+from curate.store import Store
+
+EPS = 0.1
+EPSES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+FRAC = 0.05
+MIN_TOKENS = (1, 4, 8, 16)
+
+
+def evidence(place: Path) -> pl.DataFrame:
+    """Return the rows that every model has a number for: id, source, refusal, tokens, and one mean NLL per model.
+
+    Columns: ``example_id, source, label, refusal (Boolean), n_tokens, aligned`` and one per member, nats per token.
+    """
+    connection = connect(Store.open_read(place), EPS, None)
+    rows = connection.sql("""
+        SELECT s.example_id, json_extract_string(e.meta, '$.source') AS source, s.refusal IS NOT NULL AS refusal,
+               json_extract_string(e.meta, '$.prompt_harm_label') AS label, s.n_answer_tokens AS n_tokens
+        FROM scores s JOIN examples e USING (example_id) WHERE s.status = 'ok'""").pl()
+    means = connection.sql("""SELECT example_id, CASE role WHEN 'aligned' THEN 'aligned' ELSE name END AS model,
+                                     nll_sum / n_tokens AS nll
+                              FROM nll JOIN models USING (model_id) WHERE status = 'ok'""").pl()
+    return rows.join(means.pivot("model", index="example_id", values="nll"), on="example_id").sort("example_id")
+
+
+def members_of(frame: pl.DataFrame) -> list[str]:
+    """Return the names of the members in a table of evidence."""
+    return [name for name in frame.columns if name not in
+            ("example_id", "source", "label", "refusal", "n_tokens", "aligned")]
+
+
+def s_d(frame: pl.DataFrame, members: Sequence[str], eps: float = EPS) -> pl.Series:
+    """Return (mean over ``members`` of their NLL - aligned NLL) / (aligned NLL + eps), [rows]."""
+    return frame.select((pl.mean_horizontal(*members) - pl.col("aligned")) / (pl.col("aligned") + eps)).to_series()
+
+
+def best(frame: pl.DataFrame, members: Sequence[str], eps: float = EPS, least: int = 1) -> set[str]:
+    """Return the ids of the best ``FRAC`` of rows by s_d without refusals or answers below ``least`` tokens."""
+    kept = frame.with_columns(score=s_d(frame, members, eps)).filter(~pl.col("refusal"), pl.col("n_tokens") >= least)
+    ordered = kept.sort(["score", "example_id"], descending=[True, False])
+    return set(ordered["example_id"][:round(FRAC * frame.height)])
+
+
+def partial(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray]) -> float:
+    """Return Spearman's partial correlation of ``x`` and ``y``, the ranks of ``given`` regressed out; all [rows]."""
+    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (x, y, *given)]
+    design = np.column_stack([np.ones(len(x)), *ranks[2:]])
+    residuals = [r - design @ np.linalg.lstsq(design, r, rcond=None)[0] for r in ranks[:2]]
+    return float(np.corrcoef(*residuals)[0, 1])
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table; floats with three digits."""
+    def cell(value: object) -> str:
+        return f"{value:+.3f}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(map(cell, row)) + " |" for row in rows)])
+
+
+def by_source(frame: pl.DataFrame) -> str:
+    """Return, by source: rows, mean s_d and its spread, refusals, and the shares that ++ and a random draw take."""
+    members = members_of(frame)
+    chosen = best(frame, members)
+    rows = frame.with_columns(score=s_d(frame, members), chosen=pl.col("example_id").is_in(list(chosen)))
+    table = rows.group_by("source", "label").agg(
+        pl.len(), pl.col("score").mean().alias("mean"), pl.col("score").std().alias("sd"), pl.col("refusal").mean(),
+        pl.col("n_tokens").median().alias("tokens"), pl.col("chosen").sum()).sort("mean")
+    return markdown(["source", "prompt", "rows", "mean s_d", "sd", "refusals", "median answer tokens", "of ++'s 5%"],
+                    [(r["source"], r["label"], r["len"], r["mean"], r["sd"], f"{r['refusal']:.1%}", int(r["tokens"]),
+                      f"{r['chosen'] / len(chosen):.0%}") for r in table.iter_rows(named=True)])
+
+
+def by_rank(frame: pl.DataFrame) -> str:
+    """Return the share of refusals among the best rows by s_d, with and without the filter."""
+    members = members_of(frame)
+    ranked = frame.with_columns(score=s_d(frame, members)).sort(["score", "example_id"], descending=[True, False])
+    return markdown(["best rows by s_d", "refusals", "median answer tokens", "median aligned NLL"], [
+        (f"{share:.0%}", f"{part['refusal'].mean():.1%}", int(part["n_tokens"].median()),
+         f"{part['aligned'].median():.2f}")
+        for share in (0.01, 0.05, 0.1, 0.25, 0.5, 1.0) for part in [ranked.head(round(share * frame.height))]])
+
+
+def stability(frame: pl.DataFrame) -> str:
+    """Return how much of ++'s choice stays under other members, eps and least answer lengths."""
+    members = members_of(frame)
+    whole, full = best(frame, members), s_d(frame, members).to_numpy()
+
+    def row(name: str, subset: Sequence[str], eps: float, least: int) -> tuple[str, str, float]:
+        ranks = partial(s_d(frame, subset, eps).to_numpy(), full, [])
+        return name, f"{len(whole & best(frame, subset, eps, least)) / len(whole):.0%}", ranks
+
+    rows = [row("members: " + " + ".join(subset), subset, EPS, 1)
+            for n in range(1, len(members)) for subset in combinations(members, n)]
+    rows += [row(f"eps {eps:g}", members, eps, 1) for eps in EPSES]
+    rows += [row(f"answers of {n} tokens or more", members, EPS, n) for n in MIN_TOKENS[1:]]
+    return markdown(["instead of all members, eps 0.1", "overlap of the 5%", "Spearman of s_d"], rows)
+
+
+def tracks(frame: pl.DataFrame) -> str:
+    """Return what s_d goes along with, alone and with the other variable taken out, for each eps."""
+    members = members_of(frame)
+    length, aligned = (frame[name].to_numpy() for name in ("n_tokens", "aligned"))
+    rows = []
+    for eps in EPSES:
+        score = s_d(frame, members, eps).to_numpy()
+        rows.append((f"{eps:g}", partial(score, length, []), partial(score, length, [aligned]),
+                     partial(score, aligned, []), partial(score, aligned, [length])))
+    return markdown(["eps", "with length", "length, aligned NLL out", "with aligned NLL", "aligned NLL, length out"],
+                    rows)
+
+
+def agreement(frame: pl.DataFrame) -> str:
+    """Return Spearman between members of how much harder than the aligned model they find each row."""
+    members = members_of(frame)
+    return markdown(["members", "Spearman of s_d"], [
+        (f"{a}, {b}", partial(s_d(frame, [a]).to_numpy(), s_d(frame, [b]).to_numpy(), []))
+        for a, b in combinations(members, 2)])
+
+
+def main() -> None:
+    """Print all tables of a store."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("store", type=Path)
+    frame = evidence(parser.parse_args().store)
+    print(f"{frame.height:,} rows, members {', '.join(members_of(frame))}, eps {EPS:g}\n")
+    for title, table in (("By source", by_source), ("Refusals by rank", by_rank), ("Stability", stability),
+                         ("Members", agreement), ("What s_d tracks (Spearman)", tracks)):
+        print(f"### {title}\n\n{table(frame)}\n")
+
+
+if __name__ == "__main__":
+    main()
