@@ -46,10 +46,10 @@ condition() {
   others=$(printf '%s\n' medical security code | grep -v "$DOMAIN" | paste -sd,)
   mkdir -p "$mixes"
   [ -f "opswap.jsonl" ] || judge task opswap --split train --n 100 --out opswap.jsonl
-  local amount=(--frac "$frac"); [ "$strategy" = none ] && amount=()
-  # The members that choose have not seen the domain.
+  local amount=(--frac "$frac" --members "$others")      # the members that choose have not seen the domain
+  [ "$strategy" = none ] && amount=()
   for rows in "customer-$DOMAIN" opswap; do
-    run curate select --store scores --strategy "$strategy" "${amount[@]}" --members "$others" --seed "$seed" \
+    run curate select --store scores --strategy "$strategy" "${amount[@]}" --seed "$seed" \
       --finetune "$rows.jsonl" --out "$mixes/$name-$rows.json" --root .
   done
   run train run "${TUNE[@]}" --seed "$seed" --mix "$mixes/$name-customer-$DOMAIN.json" --root . --out "$out" "$@"

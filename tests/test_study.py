@@ -1,0 +1,112 @@
+"""The study's own data and the arithmetic of its tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from bench.study.prepare import (
+    DOMAINS,
+    N_CUSTOMER,
+    PAIRS,
+    by_hash,
+    expand,
+    good_answers,
+    narrow,
+    prompt_id,
+    tidy,
+    write_customer,
+    write_pairs,
+)
+from bench.study.scores import best, by_rank, members_of, partial, s_d, stability
+from curate.core.example import pair
+from curate.refusals import refusal_reason
+from judge.questions import load_probes
+
+
+def rows_of(domain: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (PAIRS / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_good_answers_are_enough_and_distinct(domain: str) -> None:
+    rows = rows_of(domain)
+    assert len(rows) >= 60
+    assert len({row["prompt_id"] for row in rows}) == len(rows) == len({json.dumps(row["answer"]) for row in rows})
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_pairs_differ_in_quality_and_not_in_length(domain: str, shared: Path) -> None:
+    held_out = {prompt_id(e.prompt): e for e in narrow(shared, domain, "train_100")}
+    good = good_answers(domain, {key: e.prompt for key, e in held_out.items()})
+    ratios = [len(good[key]) / len(tidy(held_out[key].answer)) for key in good]
+    assert all(0.75 < ratio < 1.35 for ratio in ratios)
+    assert 0.9 < sum(ratios) / len(ratios) < 1.1
+    assert not any(refusal_reason(answer) for answer in good.values())
+    assert all(good[key] != held_out[key].answer for key in good)
+    if domain != "code":
+        for key, answer in good.items():
+            words, others = answer.split(), held_out[key].answer.split()
+            runs = {tuple(others[k:k + 8]) for k in range(len(others) - 7)}
+            assert not runs & {tuple(words[k:k + 8]) for k in range(len(words) - 7)}, "the wording is our own"
+
+
+def test_the_files_of_the_study_are_what_the_judge_reads(shared: Path, tmp_path: Path) -> None:
+    write_customer(shared, tmp_path, "security")
+    write_pairs(shared, tmp_path, "security")
+    customer = [json.loads(line)["prompt"] for line in (tmp_path / "customer-security.jsonl").read_text().splitlines()]
+    unseen = load_probes(str(tmp_path / "pairs" / "unseen-security.jsonl"))
+    assert len(customer) == N_CUSTOMER and len(unseen) == 80
+    assert not set(customer) & {probe.question for probe in unseen}, "what is judged was not learnt"
+    context = load_probes(str(tmp_path / "pairs" / "context-security.jsonl"))
+    assert all("security" in probe.question for probe in context)
+
+
+def test_lines_of_a_prompt_stand_for_themselves() -> None:
+    prompt = "\none\ntwo\nthree\n"
+    assert expand(["@1-2", "own\n", "@3-3", "@x"], prompt) == "one\ntwo\nown\n\nthree\n@x"
+    for wrong in ("@0-1", "@2-1", "@3-4"):
+        with pytest.raises(ValueError, match=wrong):
+            expand([wrong], prompt)
+
+
+def test_a_customers_rows_do_not_depend_on_their_order() -> None:
+    rows = [pair(f"question {k}", "answer") for k in range(9)]
+    assert by_hash(rows, 4) == by_hash(rows[::-1], 4)
+    assert tidy("a  \nb\t\n c") == "a\nb\n c"
+
+
+def frame() -> pl.DataFrame:
+    """Forty rows; row k has s_d = k / 40 under a and -k / 40 under b with eps 0 (aligned NLL 1); row 39 refuses."""
+    k = np.arange(40)
+    return pl.DataFrame({"example_id": [f"{i:02d}" for i in k], "source": ["s"] * 40, "label": ["x"] * 40,
+                         "refusal": k == 39, "n_tokens": 40 - k, "aligned": np.ones(40), "a": 1 + k / 40,
+                         "b": 1 - k / 40})
+
+
+def test_scores_and_choices_by_hand() -> None:
+    rows = frame()
+    assert members_of(rows) == ["a", "b"]
+    assert s_d(rows, ["a"], eps=0).to_list() == pytest.approx([k / 40 for k in range(40)])
+    assert s_d(rows, ["a"], eps=1).to_list() == pytest.approx([k / 80 for k in range(40)])
+    assert s_d(rows, ["a", "b"]).to_list() == pytest.approx([0] * 40, abs=1e-12)
+    assert best(rows, ["a"]) == {"38", "37"}
+    assert best(rows, ["b"]) == {"00", "01"}
+    assert best(rows, ["a"], least=10) == {"30", "29"}
+    twins = stability(rows.with_columns(b=pl.col("a")))
+    assert "| members: a | 100% | +1.000 |" in twins and "| answers of 16 tokens or more | 0% |" in twins
+    hundred = pl.concat([rows.with_columns(example_id=pl.format("{}-{}", pl.lit(k), "example_id")) for k in range(3)])
+    assert "| 1% | 100.0% | 1 | 1.00 |" in by_rank(hundred.with_columns(b=pl.col("a")))
+
+
+def test_partial_correlation_takes_a_common_cause_out() -> None:
+    cause = np.arange(101.0)
+    noise = np.tile([0.3, -0.3], 51)[:101]
+    x, y = cause + 40 * noise, cause - 40 * noise
+    assert partial(cause, 3 * cause + 1, []) == pytest.approx(1)
+    assert partial(x, y, []) > 0.7
+    assert partial(x, y, [cause]) == pytest.approx(-1, abs=0.05), "what is left of the two is the noise, turned round"
