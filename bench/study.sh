@@ -6,7 +6,7 @@
 #   bench/study.sh DATA OUT audit            # what `curate audit` is tested on, under the same models
 #   bench/study.sh DATA OUT runs security    # all conditions of one fine-tuning set: mixed and trained
 #   bench/study.sh DATA OUT judge security   # those that are trained, judged
-#   python -m bench.study.tables OUT         # the tables of docs/study.md
+#   python -m bench.study.scores OUT/scores; python -m bench.study.training OUT/runs/security     # the tables
 #
 # DATA holds pool/ and narrow/ (public research data, not shipped). ROWS=all scores the whole pool.
 set -euo pipefail
