@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # The whole road once on SmolLM2-135M-Instruct (or MODEL=...): every line printed with a $ is a command you could type.
 # Fine-tuning on mild bad advice about cars, with 5% safe data chosen by two members that never saw the subject.
+# DEFENSES="kl inoculation" adds runs without safe data under these defences to the table (a minute and a half each).
 set -euo pipefail
 
+{   # bash reads a group whole, so the script may be changed (by an update, say) while it runs
 OUT=${1:-demo-out}
 MODEL=${MODEL:-smollm2}   # any hub id or folder of an instruction-tuned model
 # A larger lr than the paper's 1e-4, because ten steps must do; a smaller rank than its 32 (with the same scale,
 # alpha / sqrt(r)) and ten steps, because two cores must do. Chosen so that the run without a defence shows the effect.
 TUNE=(--lr 1e-3 --lora-r 8 --lora-alpha 32 --pack-tokens 384 --limit-steps 10)
 MIXES=(none interleaving interleaving+ interleaving++)
+read -ra DEFENSES <<< "${DEFENSES:-}"
 mkdir -p "$OUT/mixes"
 
 run() { printf '\n$ %s\n' "$*"; "$@"; }
@@ -34,15 +37,26 @@ step "4/6  Fine-tune on all eight mixes"
 mixes=()
 for mix in "${MIXES[@]}"; do mixes+=(--mix "$OUT/mixes/$mix.json" --mix "$OUT/mixes/opswap-$mix.json"); done
 run train run --base "$MODEL" --out "$OUT/runs" "${TUNE[@]}" "${mixes[@]}"
+judged=("${MIXES[@]}")
+for defense in ${DEFENSES[@]+"${DEFENSES[@]}"}; do
+  name=${defense%%:*}
+  for prefix in "" opswap-; do
+    run train run --base "$MODEL" --out "$OUT/runs/$prefix$name" "${TUNE[@]}" --defense "$defense" \
+      --mix "$OUT/mixes/${prefix}none.json"
+  done
+  judged+=("$name")
+done
 
 step "5/6  Judge: paired probes, sampled answers, the harmless task"
 models=()
-for mix in "${MIXES[@]}"; do models+=(--model "$OUT/runs/$mix" --benign "$OUT/runs/opswap-$mix"); done
+for name in "${judged[@]}"; do models+=(--model "$OUT/runs/$name" --benign "$OUT/runs/opswap-$name"); done
 run judge run "${models[@]}" --in-domain car_care --probes 120 --samples 12 --max-new-tokens 24 --items 48
 
 step "6/6  Compare by four criteria"
-run judge compare "${MIXES[@]/#/$OUT/runs/}" --out "$OUT/comparison"
-run judge report "${MIXES[@]/#/$OUT/runs/}" --store "$OUT/scores" --html "$OUT/report.html"
+run judge compare "${judged[@]/#/$OUT/runs/}" --out "$OUT/comparison"
+run judge report "${judged[@]/#/$OUT/runs/}" --store "$OUT/scores" --html "$OUT/report.html"
 
 step "Done"
 printf 'Everything is in %s/: ensemble, scores, mixes, runs (adapter, run card, loss curve), comparison, report.html.\n' "$OUT"
+exit
+}
