@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -36,6 +37,14 @@ def finish(folder: Path) -> str:
     return output
 
 
+def numbers(folder: Path) -> list[dict[str, str]]:
+    """Return the comparison without digests of verdicts, which name run cards, which say how long a run took."""
+    with (folder / "out" / "comparison" / "compare.csv").open(newline="") as file:
+        rows = [{key: value for key, value in row.items() if key != "verdicts"} for row in csv.DictReader(file)]
+    assert len(rows) > 10
+    return rows
+
+
 @pytest.mark.slow
 def test_an_interrupted_demo_goes_on_and_ends_in_the_same_numbers(tmp_path: Path) -> None:
     clean, broken = tmp_path / "clean", tmp_path / "broken"
@@ -54,7 +63,4 @@ def test_an_interrupted_demo_goes_on_and_ends_in_the_same_numbers(tmp_path: Path
     rest = finish(broken)
     assert "finished" in rest, "what was trained before is not trained again"
 
-    def table(folder: Path) -> bytes:
-        return (folder / "out" / "comparison" / "compare.csv").read_bytes()
-
-    assert table(clean) == table(broken)
+    assert numbers(clean) == numbers(broken)
