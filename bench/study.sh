@@ -61,12 +61,12 @@ runs() {
   condition none none 0 0
   condition kl none 0 0 --defense kl
   condition ldifs none 0 0 --defense ldifs
-  condition inoculation none 0 0 --defense inoculation
-  condition persona none 0 0 --defense persona:vector=careless.safetensors
   condition plusplus interleaving++ 0.05 0
   condition random interleaving 0.05 0
-  condition plus interleaving+ 0.05 0
   condition plusplus-50pc interleaving++ 0.5 0
+  condition plus interleaving+ 0.05 0
+  condition inoculation none 0 0 --defense inoculation
+  condition persona none 0 0 --defense persona:vector=careless.safetensors
   condition plusplus-20pc interleaving++ 0.2 0
   for seed in 1 2; do
     condition "none-$seed" none 0 "$seed"
