@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.audit import audit
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sha256
+from curate.inspection import inspect
 from curate.ledger import Entry, Finding, Kind, Ledger
 from curate.parts import (
     CORPUS_SCHEMA,
@@ -83,7 +83,7 @@ class Store:
     @staticmethod
     def audit(place: Path | str) -> tuple[list[Finding], int]:
         """Check everything in a store; return what is wrong and how many files were looked at."""
-        return audit(storage_at(place))
+        return inspect(storage_at(place))
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from curate.records import broken_documents, read_header
 from curate.storage import Storage, documents
 
 
-def audit(storage: Storage) -> tuple[list[Finding], int]:
+def inspect(storage: Storage) -> tuple[list[Finding], int]:
     """Check everything in a store; return what is wrong and how many files were looked at."""
     if "store.json" not in storage.listed():
         raise UserError(f"There is no store at {storage.place}.", "Make one with: curate score ...")
