@@ -216,7 +216,7 @@ class _Pool:
         self.idle.append(actor)
         self.failed_starts = 0
         if chunk is not None:
-            self.work.finished(encoded, len(encoded))
+            self.work.finished(encoded, rows)
             yield chunk, rows
 
     def _lost(self, chunk: Chunk | None, err: Exception) -> None:
