@@ -30,8 +30,7 @@ from curate.store import Store
 TIMED: tuple[tuple[str, Any, str], ...] = (
     ("forward passes", chunks, "score_rows"), ("load the model", choosing, "load"),
     ("check who the models are", scoring, "prepared"), ("read, encode and store the rows", scoring, "ingest"),
-    ("cut into chunks", scoring, "cuts"), ("fetch and encode a chunk's rows", scoring, "encoded_rows"),
-    ("store scores", Store, "put_nll"))
+    ("cut into chunks", scoring, "cuts"), ("store scores", Store, "put_nll"))
 ONCE = ("load the model", "open members", "check who the models are")
 """What does not grow with the rows."""
 
@@ -46,6 +45,23 @@ def wrap(spent: Counter[str], name: str, plain: Callable[..., Any]) -> Callable[
         finally:
             spent[name] += time.perf_counter() - begun
     return timed
+
+
+def waiting(spent: Counter[str]) -> None:
+    """Time how long each chunk's rows are waited for, which are fetched and encoded beside the chunk before."""
+    plain = chunks.encoded_ahead
+
+    def timed(*args: Any) -> Iterator[Any]:
+        rows = plain(*args)
+        while True:
+            begun = time.perf_counter()
+            found = next(rows, None)
+            spent["wait for a chunk's token ids"] += time.perf_counter() - begun
+            if found is None:
+                return
+            yield found
+
+    chunks.encoded_ahead = timed
 
 
 def opening(spent: Counter[str]) -> None:
@@ -78,6 +94,7 @@ def main() -> None:
     for name, module, attribute in TIMED:
         setattr(module, attribute, wrap(spent, name, getattr(module, attribute)))
     opening(spent)
+    waiting(spent)
     with tempfile.TemporaryDirectory() as folder:
         job = ScoreJob([open_corpus(str(arguments.rows))], Path(folder) / "s", arguments.aligned, members,
                        dtype=arguments.dtype, sampling=Sampling(sample=arguments.n))

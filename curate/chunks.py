@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -165,13 +166,27 @@ class Here:
                 work.bar.label = f"Scoring, {work.names[model_id]}"
                 with scorer.member(work.adapters[model_id]):
                     work.check(scorer, model_id)
-                    for chunk in chunks:
-                        yield chunk, score_rows(scorer, work.encoded(chunk), _notify(work.bar), work.finished)
+                    for chunk, encoded in encoded_ahead(work, list(chunks)):
+                        yield chunk, score_rows(scorer, encoded, _notify(work.bar), work.finished)
+
+
+def encoded_ahead(work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Encoded]]]:
+    """Yield chunks with their token ids, each of which is made while the one before is computed.
+
+    Only within one model, since a tokenizer serves one thread at a time and ``Work.check`` needs it between two.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        upcoming = beside.submit(work.encoded, chunks[0])
+        for number, chunk in enumerate(chunks, 1):
+            encoded = upcoming.result()
+            if number < len(chunks):
+                upcoming = beside.submit(work.encoded, chunks[number])
+            yield chunk, encoded
 
 
 def encoded_rows(store: Store, tokenizer: object, ids: Sequence[str]) -> list[Encoded]:
     """Return the token ids of stored examples, in the order of ``ids``."""
-    stored = store.read_examples(ids)["messages"].to_pylist()
+    stored = store.read_examples(ids, ["messages"])["messages"].to_pylist()
     return encode(tokenizer, [Example(tuple(Message(**m) for m in json.loads(text))) for text in stored], 2**30)
 
 

@@ -275,20 +275,23 @@ class Store:
         frames = (self._nll(m, "example_id", "status", "nll_sum", "n_tokens") for m in model_ids)
         return {example_id for frame in frames for example_id in frame.filter(~good)["example_id"]}
 
-    def read_examples(self, ids: Sequence[str]) -> pa.Table:
-        """Return whole examples in the order of ``ids``; ``UserError`` (integrity) if one is not stored."""
+    def read_examples(self, ids: Sequence[str], columns: Sequence[str] = tuple(EXAMPLES_SCHEMA.names)) -> pa.Table:
+        """Return columns of examples in the order of ``ids``; ``UserError`` (integrity) if one is not stored.
+
+        A thread may read them while another stores scores, but not while examples are stored.
+        """
         self._lookup = self._lookup or self._looked_up()
         held, strangers = self._lookup.parts(ids)
         if strangers:
             raise UserError(f"{len(strangers)} examples are not in the store {self.path}, the first is {strangers[0]}.",
                             "Score the corpus they come from into it.", Exit.INTEGRITY)
-        values = pa.array(ids, pa.string())
-        found = [EXAMPLES_SCHEMA.empty_table()]
+        values, wanted = pa.array(ids, pa.string()), list(dict.fromkeys(["example_id", *columns]))
+        found = [EXAMPLES_SCHEMA.empty_table().select(wanted)]
         paths = self._ledger.files(held)
         if len(paths) < len(held):
             self._refuse(self._damage("examples"))
         for path in paths:
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = pq.read_table(path, columns=wanted, page_checksum_verification=True)
             found.append(table.filter(pc.is_in(table["example_id"], values)))
         table = pa.concat_tables(found)
         return table.take(pc.index_in(values, table["example_id"].combine_chunks()))

@@ -28,7 +28,7 @@ def safe(text: str) -> str:
 
 
 _TERMINATED: list[bool] = []
-"""Not empty once SIGTERM has arrived: libraries that run in C, such as Ray, pass on an exception of a signal as Ctrl-C."""
+"""Not empty once SIGTERM has arrived: Ray, which waits in C, passes on the exception of any signal as Ctrl-C."""
 
 
 class Terminated(KeyboardInterrupt):
