@@ -23,7 +23,7 @@ def inspect(storage: Storage) -> tuple[list[Finding], int]:
         read_header(storage)
     except UserError as err:
         findings.append(Finding("store.json", err.message))
-    damage = ledger.damage(deep=True)
+    damage = ledger.damage_now(deep=True)
     findings += damage
     left = [*storage.leftovers(), *ledger.orphans()]
     findings += [Finding(name, "left behind by a write that was cut off; it counts for nothing, and the next "

@@ -241,6 +241,11 @@ class Ledger:
                 found.append(Finding(entry.path, "the part's sha256 is not the ledger's"))
         return found
 
+    def damage_now(self, deep: Kind | bool) -> list[Finding]:
+        """Return what is damaged; parts that were merged since the entries were read are no damage."""
+        damage = self.damage(deep)
+        return self.damage(deep) if damage and self.refresh() else damage
+
     def orphans(self) -> list[str]:
         """Return the parts that no entry names: what a write that was cut off leaves behind.
 

@@ -36,6 +36,8 @@ from curate.scorers.choose import EngineSettings, Models
 from curate.store import Store
 
 PART_ROWS = 8192
+MANY_PARTS = 4096
+"""Parts of scores from which on it is worth saying that they can be merged."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,10 @@ def score(job: ScoreJob, compute: Compute | None = None) -> Summary:
         summary.left = sum(len(chunk.ids) for chunk in missing) - sum(len(chunk.ids) for chunk in mine)
         if mine:
             _compute(store, ready, mine, compute, summary)
+        n_parts = sum(entry.kind == "nll" for entry in store.entries())
+        if n_parts >= MANY_PARTS:
+            say(f"The scores lie in {n_parts:,} parts, one for each chunk; fewer are faster to open: curate compact "
+                f"{job.store}")
         _count_failures(store, models, summary, job.max_failures)
     return summary
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sha256
 from curate.inspection import inspect
-from curate.ledger import Entry, Finding, Kind, Ledger
+from curate.ledger import LOOKS, Entry, Finding, Kind, Ledger
 from curate.parts import (
     CORPUS_SCHEMA,
     EXAMPLES_SCHEMA,
@@ -152,7 +152,7 @@ class Store:
         self._check_writable()
         paths = self._ledger.files(entries)
         if len(paths) < len(entries):
-            self._refuse(self._damage("nll"))
+            self._refuse(self._ledger.damage_now("nll"))
             return False
         tables = [pq.read_table(path, page_checksum_verification=True) for path in paths]
         table = checked(pa.concat_tables(tables), NLL_SCHEMA)
@@ -208,13 +208,14 @@ class Store:
 
         Raises ``UserError`` (integrity) when anything that can be seen of the store is damaged.
         """
-        self._refuse(self._damage(kind))
-        return self._ledger.files(self._ledger.select(kind, model_id))
-
-    def _damage(self, deep: Kind | bool) -> list[Finding]:
-        """Return what is damaged; parts that were merged since the ledger was read are no damage."""
-        damage = self._ledger.damage(deep)
-        return self._ledger.damage(deep) if damage and self._ledger.refresh() else damage
+        for _ in range(LOOKS):
+            self._refuse(self._ledger.damage_now(kind))
+            entries = self._ledger.select(kind, model_id)
+            paths = self._ledger.files(entries)
+            if len(paths) == len(entries):
+                return paths
+        raise UserError(f"The parts of the store {self.path} are removed while they are read.",
+                        "Another process is merging or mending them; try again.", Exit.INTEGRITY)
 
     def _refuse(self, damage: Sequence[Finding]) -> None:
         if damage:
@@ -225,7 +226,7 @@ class Store:
 
     def evidence_digest(self) -> str:
         """Return one digest for all examples and scores: over the sorted sha256 of the parts they were stored in."""
-        self._refuse(self._damage(False))
+        self._refuse(self._ledger.damage_now(False))
         entries = [*self._ledger.select("examples"), *self._ledger.select("nll")]
         return sha256("\n".join(sorted(digest for entry in entries for digest in entry.evidence)).encode())
 
@@ -289,7 +290,7 @@ class Store:
         found = [EXAMPLES_SCHEMA.empty_table().select(wanted)]
         paths = self._ledger.files(held)
         if len(paths) < len(held):
-            self._refuse(self._damage("examples"))
+            self._refuse(self._ledger.damage_now("examples"))
         for path in paths:
             table = pq.read_table(path, columns=wanted, page_checksum_verification=True)
             found.append(table.filter(pc.is_in(table["example_id"], values)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -100,6 +101,27 @@ def test_entries_that_vanish_while_they_are_read_are_found_merged(path: Path) ->
     ledger = Ledger.load(Compacted(path))
     assert sum(e.rows for e in ledger.select("nll")) == 10 and len(ledger.select("nll")) == 4
     assert ledger.damage(deep=True) == []
+
+
+def test_parts_that_vanish_between_the_check_and_the_reading_are_found_merged(path: Path) -> None:
+    before = rows(path)
+
+    class Swept(LocalStorage):
+        """Is compacted before the files of checked parts are looked up."""
+
+        looked = 0
+
+        def files(self, wanted: Mapping[str, str]) -> dict[str, Path]:
+            self.looked += 1
+            if self.looked == 2:
+                compact(path)
+                compact(path)
+            return super().files(wanted)
+
+    store = Store.open_read(path)
+    store.storage = store._ledger.storage = Swept(path)
+    found = {i for file in store.part_files("nll") for i in pq.read_table(file)["nll_sum"].to_pylist()}
+    assert found == {row[2] for row in before} and store.storage.looked > 2
 
 
 def test_only_many_small_parts_of_one_model_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,10 +72,13 @@ def test_scores_equal_plain_forward_passes(tmp_path: Path, model: Path, ensemble
         assert found[example.id] == pytest.approx(plain, abs=1e-5)
 
 
-def test_typed_again_computes_nothing_and_more_rows_or_members_only_those(tmp_path: Path, model: Path,
-                                                                          ensemble: Path) -> None:
+def test_typed_again_computes_nothing_and_more_rows_or_members_only_those(
+        tmp_path: Path, model: Path, ensemble: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     first = job(tmp_path, model, ensemble)
+    monkeypatch.setattr(scoring, "MANY_PARTS", 21)
     score(first)
+    assert "The scores lie in 21 parts" in capsys.readouterr().err
     assert score(first).models == {}
     write_rows(tmp_path / "pool.jsonl", [*tiny_rows(29, "pool"), *tiny_rows(4, "more")])
     assert score(job(tmp_path, model, ensemble)).models == {"tiny": 4, "m0": 4, "m1": 4}
