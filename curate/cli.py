@@ -102,22 +102,13 @@ def score(corpora: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 
 def _dry_run(job: Any, price: float | None, as_json: bool) -> None:
-    from curate.estimate import estimate
+    from curate.estimate import estimate, lines
 
     found = estimate(job, price)
     if as_json:
         emit_json(found.as_json())
         return
-    tokens, disk = found.tokens, found.disk_bytes
-    rows = [[status, f"{n:,}"] for status, n in sorted(found.rows.items())] + [["rows in", f"{found.n_rows:,}"]]
-    rows += [[f"to compute, {name}", f"{n:,}"] for name, n in found.to_compute.items()]
-    rows += [[f"tokens, {name}", f"{tokens[name]:,.0f}"] for name in ("sum", "median", "p99", "longest")]
-    rows += [[f"tokens/s at {length:,.0f} tokens", f"{speed:,.0f}"] for length, speed in found.tokens_per_s]
-    rows += [[f"disk MiB, {name}", f"{size / 2**20:,.1f}"] for name, size in disk.items()]
-    rows += [[f"{name} GiB", f"{size / 2**30:,.1f}"] for name, size in
-             (("memory", found.ram_bytes), ("GPU memory", found.gpu_bytes)) if size is not None]
-    rows += [["hours", f"{found.hours:,.2f}"]] + ([["cost", f"{found.cost:,.2f}"]] if found.cost is not None else [])
-    click.echo(columns(rows, ("what", "how much")))
+    click.echo(columns(lines(found), ("what", "how much")))
     say("Nothing was scored. Hours and cost are those of one machine like this one.")
 
 

@@ -218,3 +218,17 @@ def seconds(timing: Timing, by_model: Sequence[Sequence[Chunk]]) -> float:
         pure = sum(n * length / speed_at(timing.speeds, length) for length, n in lengths.items())
         total += pure if number == 0 else pure * timing.slowdown + (timing.open_s if chunks else 0.0)
     return total
+
+
+def lines(found: Estimate) -> list[list[str]]:
+    """Return an estimate as rows of a table, for people."""
+    tokens, disk = found.tokens, found.disk_bytes
+    rows = [[status, f"{n:,}"] for status, n in sorted(found.rows.items())] + [["rows in", f"{found.n_rows:,}"]]
+    rows += [[f"to compute, {name}", f"{n:,}"] for name, n in found.to_compute.items()]
+    rows += [[f"tokens, {name}", f"{tokens[name]:,.0f}"] for name in ("sum", "median", "p99", "longest")]
+    rows += [[f"tokens/s at {length:,.0f} tokens", f"{speed:,.0f}"] for length, speed in found.tokens_per_s]
+    rows += [[f"disk MiB, {name}", f"{size / 2**20:,.1f}"] for name, size in disk.items()]
+    rows += [[f"{name} GiB", f"{size / 2**30:,.1f}"] for name, size in
+             (("memory", found.ram_bytes), ("GPU memory", found.gpu_bytes)) if size is not None]
+    rows += [["hours", f"{found.hours:,.2f}"]] + ([["cost", f"{found.cost:,.2f}"]] if found.cost is not None else [])
+    return rows
