@@ -201,11 +201,8 @@ class Ledger:
         parts, slots = self.storage.listed("parts"), self.storage.listed("ledger")
         gone = [part for digest in self.replaced.values() if (part := part_name("nll", digest)) in parts
                 and part not in named]
-        for part in gone:
-            self.storage.delete(f"parts/{part}")
-        for slot in self.replaced:
-            if f"{slot}.json" in slots:
-                self.storage.delete(f"ledger/{slot}.json")
+        self.storage.delete(*(f"parts/{part}" for part in gone))
+        self.storage.delete(*(f"ledger/{slot}.json" for slot in self.replaced if f"{slot}.json" in slots))
         return len(gone)
 
     def next_slot(self) -> str:
