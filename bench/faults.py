@@ -29,8 +29,8 @@ def steps(root: Path, n: int) -> Outcome:
                           text=True, check=False)
     counts = [int(word) for word in done.stdout.split()]
     return Outcome(sum(counts), sum(counts), done.returncode,
-                   " and ".join(f"{n} steps of {what}" for n, what in
-                                zip(counts, ("filling a new store", "mending a damaged one"))))
+                   ", ".join(f"{n} steps of {what}" for n, what in
+                             zip(counts, ("filling a new store", "mending a damaged one", "compacting one"))))
 
 
 def kills(root: Path, n: int) -> Outcome:

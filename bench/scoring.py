@@ -11,6 +11,7 @@ all of them. Tokens are prompt and answer tokens as each engine is given them, t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import statistics
@@ -123,11 +124,19 @@ def speed(loaded: Loaded, encoded: Sequence[Encoded], n_blocks: int) -> None:
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """Print each engine's peak resident memory, in a process of its own, and that of a process that only loads."""
+    """Print each engine's peak resident memory, in a process of its own, beyond that of a process that only loads."""
+    print("| engine | peak MiB | beyond loading the model |\n|---|---|---|", flush=True)
+    loaded = None
     for name in ("nothing", *ENGINES):
         command = [sys.executable, __file__, "--rows", str(arguments.rows), "--n", str(arguments.n),
                    "--aligned", arguments.aligned, "--dtype", arguments.dtype, "--only", f"peak:{name}"]
-        print(name, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+        if name == "lm-eval" and importlib.util.find_spec("lm_eval") is None:
+            print("| lm-eval | not installed | |")
+            continue
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip().splitlines()[-1]
+        peak = json.loads(said)["peak_mib"]
+        loaded = peak if loaded is None else loaded
+        print(f"| {name} | {peak:,} | {peak - loaded:,} |", flush=True)
 
 
 def members(loaded: Loaded, encoded: Sequence[Encoded], k: int, rounds: int) -> None:

@@ -1,9 +1,9 @@
-"""Selection over synthetic stores: seconds and peak memory of `curate select`, and how they grow.
+"""Selection over synthetic stores: seconds and peak memory of `curate select` and `curate verify`, and their growth.
 
     python bench/selection.py --rows 100000 1000000 10000000
 
-Every store holds invented examples and NLLs of an aligned model and three members. The command is timed as a whole
-process, from the command line to the manifest on disk.
+Every store holds invented examples and NLLs of an aligned model and three members, in parts of 500,000 rows. A command
+is timed as a whole process, from the command line to its result. What comes before and after: bench/stages.py.
 """
 
 from __future__ import annotations
@@ -42,18 +42,17 @@ def build(path: Path, n_rows: int) -> None:
     with Store.create_or_open(path, header) as store:
         for identity, role in zip(identities, ("aligned", *["member"] * 3), strict=True):
             store.put_model(ScoredModel(role=role, name=identity.name, identity=identity))
-        ids: list[str] = []
-        for _ in range(0, n_rows, PART):
-            n = min(PART, n_rows - len(ids))
-            part = [random.bytes(16).hex() for _ in range(n)]
-            ids += part
-            lengths = random.integers(1, 300, n)
-            store.put_examples(_examples(part, lengths))
-            for identity in identities:
-                sums = random.gamma(9.0, 0.3, n) * lengths
+        parts = [[random.bytes(16).hex() for _ in range(min(PART, n_rows - k))] for k in range(0, n_rows, PART)]
+        lengths = [random.integers(1, 300, len(part)) for part in parts]
+        for part, n_tokens in zip(parts, lengths, strict=True):
+            store.put_examples(_examples(part, n_tokens))
+        for identity in identities:
+            for part, n_tokens in zip(parts, lengths, strict=True):
                 store.put_nll(identity.id, pa.table(
-                    {"example_id": part, "model_id": [identity.id] * n, "nll_sum": sums, "n_tokens": lengths,
-                     "eot_nll": random.random(n), "status": ["ok"] * n}).cast(NLL_SCHEMA))
+                    {"example_id": part, "model_id": [identity.id] * len(part), "n_tokens": n_tokens,
+                     "nll_sum": random.gamma(9.0, 0.3, len(part)) * n_tokens, "eot_nll": random.random(len(part)),
+                     "status": ["ok"] * len(part)}).select(NLL_SCHEMA.names).cast(NLL_SCHEMA))
+        ids = [example_id for part in parts for example_id in part]
         key = corpus_key("demo", source, {})
         store.put_membership(key, ids)
         store.put_plan(Plan(corpora=(PlannedCorpus(label="demo", source=source, folder=".", key=key, n_rows=n_rows),),
@@ -69,14 +68,14 @@ def _examples(ids: list[str], lengths: np.ndarray) -> pa.Table:
     return pa.table(columns).cast(EXAMPLES_SCHEMA)
 
 
-def measure(store: Path, out: Path) -> tuple[float, float]:
-    """Return seconds and peak GiB of one `curate select --frac 0.05`."""
-    command = [sys.executable, "-m", "curate", "select", "--store", str(store), "--frac", "0.05", "--out", str(out)]
+def measure(*words: str) -> tuple[float, float]:
+    """Return seconds and peak GiB of one `curate` command."""
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-m", "curate", *words], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     if status:
-        raise SystemExit("curate select failed")
+        raise SystemExit(f"curate {words[0]} failed")
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
@@ -85,19 +84,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     arguments = parser.parse_args()
-    print("| rows | x models | seconds | peak GiB | slope of log seconds against log rows |\n|---|---|---|---|---|")
-    before: tuple[int, float] | None = None
+    print("| rows | x models | select, s | peak GiB | slope | verify, s | peak GiB | slope |\n|---" + "|---" * 7 + "|")
+    before: tuple[int, list[float]] | None = None
     for n_rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
             start = time.perf_counter()
-            build(Path(folder) / "store", n_rows)
+            build(Path(store), n_rows)
             print(f"built {n_rows} in {time.perf_counter() - start:.0f} s, "
-                  f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB", file=sys.stderr)
-            seconds, gib = measure(Path(folder) / "store", Path(folder) / "manifest.json")
-        slope = math.log(seconds / before[1]) / math.log(n_rows / before[0]) if before else float("nan")
-        growth = "-" if before is None else f"{slope:.2f}"
-        print(f"| {n_rows:,} | 4 | {seconds:.1f} | {gib:.2f} | {growth} |", flush=True)
-        before = (n_rows, seconds)
+                  f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB", file=sys.stderr, flush=True)
+            found = [measure("select", "--store", store, "--frac", "0.05", "--out", str(Path(folder) / "mix.json"))]
+            print(found, file=sys.stderr, flush=True)
+            found.append(measure("verify", store))
+        cells = []
+        for k, (seconds, gib) in enumerate(found):
+            slope = math.log(seconds / before[1][k]) / math.log(n_rows / before[0]) if before else None
+            cells += [f"{seconds:.1f}", f"{gib:.2f}", "-" if slope is None else f"{slope:.2f}"]
+        print(f"| {n_rows:,} | 4 | " + " | ".join(cells) + " |", flush=True)
+        before = (n_rows, [seconds for seconds, _ in found])
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -89,10 +91,15 @@ class Work:
     bar: Progress
     check: Callable[[Scorer, str], None] = lambda scorer, model_id: None
     """Called with every model that is opened here, before its first chunk."""
+    tally: Counter[str] = field(default_factory=Counter)
+    """How many ``rows`` are done, counted once for each model, and how many were ``rejected``: no finite number."""
 
-    def finished(self, encoded: Sequence[Encoded], n_rows: int) -> None:
+    def finished(self, encoded: Sequence[Encoded], rows: Sequence[AnswerNll]) -> None:
         """Count rows that are done."""
-        self.bar.advance(sum(len(item.ids) - 1 for item in encoded), f"{n_rows} rows at once")
+        self.tally["rows"] += len(rows)
+        self.tally["rejected"] += sum(row.status != "ok" for row in rows)
+        self.bar.advance(sum(len(item.ids) - 1 for item in encoded), f"{self.tally['rows']:,} rows, "
+                         f"{self.tally['rejected']:,} rejected, {len(rows)} at once")
 
 
 class Compute(Protocol):
@@ -106,22 +113,41 @@ class Compute(Protocol):
         """Yield chunks with the evidence about their rows, in whatever order; the caller commits each as it comes."""
 
 
-def missing_chunks(store: Store, model_id: str, done: Collection[str] | None = None) -> list[Chunk]:
+Cut = tuple[tuple[str, ...], tuple[int, ...]]
+"""Ids and lengths of the rows of a chunk, whichever model it is for."""
+
+
+def cuts(store: Store) -> list[Cut]:
+    """Return how the rows that can be scored are cut into chunks.
+
+    A chunk is a slice of a part sorted by length, so it is the same for everyone who looks.
+    """
+    found = []
+    for part in store.example_parts():
+        columns = (part[name].to_pylist() for name in ("n_prompt_tokens", "n_answer_tokens", "example_id", "status"))
+        rows = sorted((-(n_prompt + n_answer), i) for n_prompt, n_answer, i, status in zip(*columns) if status == "ok")
+        for start in range(0, len(rows), CHUNK_ROWS):
+            some = rows[start:start + CHUNK_ROWS]
+            found.append((tuple(i for _, i in some), tuple(-length for length, _ in some)))
+    return found
+
+
+def missing_chunks(store: Store, model_id: str, done: Collection[str] | None = None,
+                   among: Sequence[Cut] | None = None) -> list[Chunk]:
     """Return the chunks with rows that this model has not scored (or that are not ``done``), longest first.
 
-    A chunk is a slice of a part sorted by length, so it is the same for everyone who looks; of a chunk that is
-    scored in part, which only an older version leaves behind, what is left is a chunk.
+    ``among`` is what ``cuts`` has returned, which all models share. Of a chunk that is scored in part, which only an
+    older version leaves behind, what is left is a chunk.
     """
-    done = store.scored_ids(model_id) if done is None else done
+    done = store.scored_ids(model_id) if done is None else set(done)
     chunks = []
-    for part in store.example_parts():
-        rows = sorted((-(r["n_prompt_tokens"] + r["n_answer_tokens"]), r["example_id"])
-                      for r in part.to_pylist() if r["status"] == "ok")
-        for start in range(0, len(rows), CHUNK_ROWS):
-            left = [row for row in rows[start:start + CHUNK_ROWS] if row[1] not in done]
-            if left:
-                chunks.append((left[0], Chunk(model_id, tuple(r[1] for r in left), tuple(-r[0] for r in left))))
-    return [chunk for _, chunk in sorted(chunks, key=lambda pair: pair[0])]
+    for ids, lengths in cuts(store) if among is None else among:
+        if done and not done.isdisjoint(ids):
+            left = [k for k, example_id in enumerate(ids) if example_id not in done]
+            ids, lengths = tuple(ids[k] for k in left), tuple(lengths[k] for k in left)
+        if ids:
+            chunks.append(Chunk(model_id, ids, lengths))
+    return sorted(chunks, key=lambda chunk: (-chunk.lengths[0], chunk.ids[0]))
 
 
 class Here:
@@ -140,23 +166,38 @@ class Here:
                 work.bar.label = f"Scoring, {work.names[model_id]}"
                 with scorer.member(work.adapters[model_id]):
                     work.check(scorer, model_id)
-                    for chunk in chunks:
-                        yield chunk, score_rows(scorer, work.encoded(chunk), _notify(work.bar), work.finished)
+                    for chunk, encoded in encoded_ahead(work, list(chunks)):
+                        yield chunk, score_rows(scorer, encoded, _notify(work.bar), work.finished)
+
+
+def encoded_ahead(work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Encoded]]]:
+    """Yield chunks with their token ids, each of which is made while the one before is computed.
+
+    Only within one model, since a tokenizer serves one thread at a time and ``Work.check`` needs it between two.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        upcoming = beside.submit(work.encoded, chunks[0])
+        for number, chunk in enumerate(chunks, 1):
+            encoded = upcoming.result()
+            if number < len(chunks):
+                upcoming = beside.submit(work.encoded, chunks[number])
+            yield chunk, encoded
 
 
 def encoded_rows(store: Store, tokenizer: object, ids: Sequence[str]) -> list[Encoded]:
     """Return the token ids of stored examples, in the order of ``ids``."""
-    stored = store.read_examples(ids)["messages"].to_pylist()
+    stored = store.read_examples(ids, ["messages"])["messages"].to_pylist()
     return encode(tokenizer, [Example(tuple(Message(**m) for m in json.loads(text))) for text in stored], 2**30)
 
 
 def score_rows(scorer: Scorer, encoded: Sequence[Encoded], notify: Callable[[str], None] = lambda text: None,
-               finished: Callable[[Sequence[Encoded], int], None] = lambda rows, n: None) -> list[AnswerNll]:
+               finished: Callable[[Sequence[Encoded], Sequence[AnswerNll]], None] = lambda encoded, rows: None,
+               ) -> list[AnswerNll]:
     """Return the evidence about every row, in the order given."""
     found: dict[int, AnswerNll] = {}
     for part in scorer.score(encoded, notify):
         found.update(part)
-        finished([encoded[index] for index, _ in part], len(part))
+        finished([encoded[index] for index, _ in part], [row for _, row in part])
     return [found[index] for index in range(len(encoded))]
 
 

@@ -10,43 +10,13 @@ import click
 from curate.core.errors import Exit, UserError
 from curate.core.objects import is_url, read_place
 from curate.core.terminal import Room, columns, emit_json, safe, say
+from curate.options import ENSEMBLE, engine_options, score_job
 
-ENSEMBLE = Path("ensemble/ensemble.json")
 STORE = Path("scores")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 store_option = click.option("--store", type=read_place, default=STORE, show_default=True, metavar="FOLDER|URL",
                             help="Where the evidence lies: a folder, or an object store such as s3://bucket/prefix.")
-
-
-def engine_options(command: Any) -> Any:
-    """Add the options that say which engine scores and where it is."""
-    for option in reversed([
-            click.option("--engine", type=click.Choice(["auto", "transformers", "vllm", "server"]), default="auto",
-                         show_default=True, help="auto: server with a --base-url, vllm on CUDA where it is installed, "
-                                                 "else transformers (docs/engines.md)."),
-            click.option("--base-url", "base_urls", multiple=True, metavar="URL",
-                         help="A vLLM server, such as http://HOST:8000/v1; several are allowed."),
-            click.option("--served-model", "served", multiple=True, metavar="NAME=MODEL",
-                         help="The name at the server of a member or of the aligned model. [default: its own]"),
-            click.option("--api-key-env", default="SAFESET_API_KEY", show_default=True, metavar="VARIABLE",
-                         help="The environment variable that holds the server's key."),
-            click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True,
-                         help="Requests to servers at the same time."),
-            click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=120.0, show_default=True,
-                         help="Seconds to wait for one answer of a server.")]):
-        command = option(command)
-    return command
-
-
-def _engine_settings(options: dict[str, Any]) -> Any:
-    from curate.scorers.choose import EngineSettings
-
-    served = [tuple(text.partition("=")[::2]) for text in options["served"]]
-    if not all(name and model for name, model in served):
-        raise UserError("--served-model takes NAME=MODEL.", "For example --served-model medical-lora=medical.")
-    return EngineSettings(options["engine"], options["base_urls"], tuple(served), options["api_key_env"],
-                          options["concurrency"], options["timeout_s"])
 
 
 @click.group(cls=Room)
@@ -109,7 +79,7 @@ def score(corpora: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """
     from curate.score import score as run
 
-    job = _score_job(corpora, options)
+    job = score_job(corpora, options)
     if options["dry_run"]:
         _dry_run(job, options["gpu_hour"], as_json)
         return
@@ -132,47 +102,14 @@ def score(corpora: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 
 def _dry_run(job: Any, price: float | None, as_json: bool) -> None:
-    from curate.estimate import estimate
+    from curate.estimate import estimate, lines
 
     found = estimate(job, price)
     if as_json:
         emit_json(found.as_json())
         return
-    tokens, disk = found.tokens, found.disk_bytes
-    rows = [[status, f"{n:,}"] for status, n in sorted(found.rows.items())] + [["rows in", f"{found.n_rows:,}"]]
-    rows += [[f"to compute, {name}", f"{n:,}"] for name, n in found.to_compute.items()]
-    rows += [[f"tokens, {name}", f"{tokens[name]:,.0f}"] for name in ("sum", "median", "p99", "longest")]
-    rows += [[f"tokens/s at {length:,.0f} tokens", f"{speed:,.0f}"] for length, speed in found.tokens_per_s]
-    rows += [[f"disk MiB, {name}", f"{size / 2**20:,.1f}"] for name, size in disk.items()]
-    rows += [[f"{name} GiB", f"{size / 2**30:,.1f}"] for name, size in
-             (("memory", found.ram_bytes), ("GPU memory", found.gpu_bytes)) if size is not None]
-    rows += [["hours", f"{found.hours:,.2f}"]] + ([["cost", f"{found.cost:,.2f}"]] if found.cost is not None else [])
-    click.echo(columns(rows, ("what", "how much")))
+    click.echo(columns(lines(found), ("what", "how much")))
     say("Nothing was scored. Hours and cost are those of one machine like this one.")
-
-
-def _score_job(corpora: tuple[str, ...], options: dict[str, Any]) -> Any:
-    from curate.chunks import Shard
-    from curate.core.example import parse_mapping
-    from curate.corpora import open_corpus
-    from curate.score import Sampling, ScoreJob, ensemble_members
-
-    ensemble = options["ensemble"] or (ENSEMBLE if ENSEMBLE.is_file() else None)
-    base, runs = ensemble_members(ensemble) if ensemble else (None, [])
-    aligned = options["aligned"] or base
-    if aligned is None:
-        raise UserError("No aligned model and no ensemble were given.",
-                        "Make an ensemble with `train ensemble --narrow demo/cooking --narrow demo/gardening`, or name "
-                        "the model with --aligned.")
-    mapping = parse_mapping(options["mapping"])
-    opened = [open_corpus(name, mapping, options["strip_think"]) for name in corpora]
-    if not runs and not options["members"]:
-        say("No misaligned members: only the aligned model is scored, so there will be no s_d yet.")
-    names = ("store", "dtype", "device", "max_tokens", "max_bad", "max_failures")
-    return ScoreJob(corpora=opened, aligned=aligned, members=[*runs, *options["members"]],
-                    sampling=Sampling(options["limit"], options["sample"], options["seed"]),
-                    shard=Shard.parse(options["shard"]) if options["shard"] else None,
-                    engine=_engine_settings(options), **{name: options[name] for name in names})
 
 
 @main.command()
@@ -378,6 +315,30 @@ def status(store: Path | str, as_json: bool) -> None:
                        ("model", "role", "scored", "left")))
     for line in lines(found):
         click.echo(safe(line))
+
+
+@main.command()
+@click.argument("store", type=read_place, default=STORE, metavar="[STORE]")
+@json_option
+def compact(store: Path | str, as_json: bool) -> None:
+    """Merge the many small parts of a large store into a few; numbers, digests and what is done stay the same.
+
+    What was replaced is removed by the next command that writes to the store, so that whoever reads now can go on.
+
+    \b
+    Example:
+      curate compact scores
+      curate compact s3://bucket/scores
+    """
+    from curate.compact import compact as merge
+
+    found = merge(store)
+    if as_json:
+        emit_json(found.as_json())
+        return
+    click.echo(f"{found.before} parts of scores are now {found.after}; {found.removed} replaced ones were removed.")
+    if found.after < found.before:
+        say("What was replaced now is removed by the next `curate score` or `curate compact`.")
 
 
 @main.command()

@@ -7,7 +7,9 @@ process or its node goes back to the queue. The pool of workers grows with the c
 
 from __future__ import annotations
 
+import signal
 import tempfile
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,12 +72,16 @@ class OnRay:
         import ray
 
         if not ray.is_initialized():
+            stop = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(address=self.address, log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError, RuntimeError) as err:
                 raise UserError(f"No Ray cluster answers at '{self.address}': {str(err).strip().splitlines()[0]}",
                                 "Start one with `ray start --head`, or give its address: --ray HOST:PORT.",
                                 Exit.REMOTE) from err
+            finally:  # Ray puts a handler of its own in place, which ends without a word
+                if stop is not None and threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, stop)
         return ray
 
     def _needs(self, device: str) -> dict[str, float]:
@@ -216,7 +222,7 @@ class _Pool:
         self.idle.append(actor)
         self.failed_starts = 0
         if chunk is not None:
-            self.work.finished(encoded, len(encoded))
+            self.work.finished(encoded, rows)
             yield chunk, rows
 
     def _lost(self, chunk: Chunk | None, err: Exception) -> None:

@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ CALIBRATION_TOKENS = {"cpu": 6_000, "cuda": 150_000}
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast rows of a mean length are computed."""
+    """How fast rows of about this length are computed."""
 
     length: float
     tokens_per_s: float
@@ -44,7 +45,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a calibration has measured; ``slowdown`` is a member's time over the aligned model's, for the same rows."""
+    """What a calibration has measured; ``slowdown`` is a member's time over the aligned model's, for the same rows.
+
+    ``reading_s`` is that of everything before the model is loaded.
+    """
 
     speeds: tuple[Speed, ...]
     reading_s: float
@@ -80,11 +84,11 @@ class Estimate:
 
 def estimate(job: ScoreJob, gpu_hour: float | None = None) -> Estimate:
     """Work out what ``score`` would take; nothing is written to its store. Raises what ``score`` would raise."""
+    begun = time.monotonic()
     settled = prepared(job, Here())
     header, models, device = settled.header, settled.models, settled.opening.models.device
     before = _store_before(job.store, header)
     with tempfile.TemporaryDirectory() as folder, Store.create_or_open(Path(folder) / "s", header) as store:
-        begun = time.monotonic()
         summary = ingest(replace(job, store=Path(folder)), store, settled.tokenizer)
         reading_s = time.monotonic() - begun
         todo = {m.identity.id: _to_do(store, before, m.identity.id) for m, _ in models}
@@ -195,7 +199,7 @@ def _gpu_bytes(device: str) -> int | None:
 
 
 def speed_at(speeds: Sequence[Speed], length: float) -> float:
-    """Return tokens per second at a mean length: linear between what was measured, constant beyond it."""
+    """Return tokens per second at a length: linear between what was measured, constant beyond it."""
     k = bisect_left([speed.length for speed in speeds], length)
     if k == 0:
         return speeds[0].tokens_per_s
@@ -210,6 +214,21 @@ def seconds(timing: Timing, by_model: Sequence[Sequence[Chunk]]) -> float:
     """Return how long scoring takes: reading, loading, then model after model, the aligned one first."""
     total = timing.reading_s + timing.load_s
     for number, chunks in enumerate(by_model):
-        pure = sum(c.n_tokens / speed_at(timing.speeds, c.n_tokens / len(c.ids)) for c in chunks)
+        lengths = Counter(chain.from_iterable(c.lengths for c in chunks))
+        pure = sum(n * length / speed_at(timing.speeds, length) for length, n in lengths.items())
         total += pure if number == 0 else pure * timing.slowdown + (timing.open_s if chunks else 0.0)
     return total
+
+
+def lines(found: Estimate) -> list[list[str]]:
+    """Return an estimate as rows of a table, for people."""
+    tokens, disk = found.tokens, found.disk_bytes
+    rows = [[status, f"{n:,}"] for status, n in sorted(found.rows.items())] + [["rows in", f"{found.n_rows:,}"]]
+    rows += [[f"to compute, {name}", f"{n:,}"] for name, n in found.to_compute.items()]
+    rows += [[f"tokens, {name}", f"{tokens[name]:,.0f}"] for name in ("sum", "median", "p99", "longest")]
+    rows += [[f"tokens/s at {length:,.0f} tokens", f"{speed:,.0f}"] for length, speed in found.tokens_per_s]
+    rows += [[f"disk MiB, {name}", f"{size / 2**20:,.1f}"] for name, size in disk.items()]
+    rows += [[f"{name} GiB", f"{size / 2**30:,.1f}"] for name, size in
+             (("memory", found.ram_bytes), ("GPU memory", found.gpu_bytes)) if size is not None]
+    rows += [["hours", f"{found.hours:,.2f}"]] + ([["cost", f"{found.cost:,.2f}"]] if found.cost is not None else [])
+    return rows

@@ -8,11 +8,18 @@ scores of a chunk, ``corpus-<key>`` for a corpus, whose entry names the latest p
 from 1, for examples. Slots of examples and scores are created, never replaced, so that of several writers one wins and
 no row is stored twice. A crash between the two puts leaves a part without an entry, which counts for nothing. An entry
 that is torn, or whose part is missing or changed, is damage: readers refuse it, a writer puts it aside.
+
+Many small parts of scores may be merged into one (``curate.compact``), whose entry ``nll-merged-<number>`` names the
+slots and digests that it replaces. From the moment when it is created they count for nothing, whether they are still
+there or come again from a writer that was late; they are removed later (``sweep``), so that whoever was reading them
+can go on. Numbers are created in turn, so two machines cannot merge the same rows at the same time; a merged part is
+not merged again.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +32,9 @@ from curate.core.files import canonical_json, sha256
 from curate.storage import Storage, documents
 
 Kind = Literal["examples", "nll", "corpus"]
+MERGED = re.compile(r"nll-merged-(\d{6,})")
+LOOKS = 5
+"""How often the entries are listed again when some of them vanish while they are read."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +55,32 @@ class Entry(Part):
     sha256: str
     bytes: int
     rows: int
+    replaces: tuple[tuple[str, str], ...] = ()
+    """Slot and sha256 of each part whose rows a merged part holds."""
 
     @classmethod
-    def of(cls, slot: str, data: bytes, rows: int, model_id: str | None = None) -> Entry:
+    def of(cls, slot: str, data: bytes, rows: int, model_id: str | None = None,
+           replaces: Sequence[tuple[str, str]] = ()) -> Entry:
         """Return the entry of a part with these bytes."""
         kind, digest = slot.partition("-")[0], sha256(data)
-        return cls.model_validate({"slot": slot, "part": f"{kind}-{digest[:24]}.parquet", "kind": kind,
-                                   "model_id": model_id, "sha256": digest, "bytes": len(data), "rows": rows})
+        return cls.model_validate({"slot": slot, "part": part_name(kind, digest), "kind": kind, "model_id": model_id,
+                                   "sha256": digest, "bytes": len(data), "rows": rows, "replaces": tuple(replaces)})
 
     @property
     def path(self) -> str:
         """The part's name in the store."""
         return f"parts/{self.part}"
 
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """The sha256 of the parts in which the rows were stored first."""
+        return tuple(digest for _, digest in self.replaces) or (self.sha256,)
+
     def to_bytes(self) -> bytes:
         """Return the entry's file: canonical JSON with a digest over the other fields."""
         fields = self.model_dump(mode="json")
+        if not self.replaces:
+            del fields["replaces"]
         return canonical_json({**fields, "digest": sha256(canonical_json(fields))}) + b"\n"
 
     @classmethod
@@ -70,10 +90,17 @@ class Entry(Part):
         if not isinstance(body, dict):
             raise ValueError("no object")
         entry = cls.model_validate({k: v for k, v in body.items() if k != "digest"})
-        named = f"{entry.kind}-{entry.sha256[:24]}.parquet"
+        named = part_name(entry.kind, entry.sha256)
         if entry.to_bytes() != data or entry.slot != slot or entry.part != named or not slot.startswith(entry.kind):
             raise ValueError("digest")
+        if bool(entry.replaces) != bool(MERGED.fullmatch(slot)):
+            raise ValueError("only a merged part replaces others")
         return entry
+
+
+def part_name(kind: str, digest: str) -> str:
+    """Return the file name of a part with this sha256."""
+    return f"{kind}-{digest[:24]}.parquet"
 
 
 @dataclass
@@ -83,6 +110,8 @@ class Ledger:
     storage: Storage
     entries: dict[str, Entry] = field(default_factory=dict)
     torn: list[Finding] = field(default_factory=list)
+    replaced: dict[str, str] = field(default_factory=dict)
+    """Slot and sha256 of what merged parts hold, whether it is still there or not."""
 
     @classmethod
     def load(cls, storage: Storage) -> Ledger:
@@ -91,15 +120,47 @@ class Ledger:
         ledger.refresh()
         return ledger
 
-    def refresh(self) -> None:
-        """Read the entries that others have added since."""
-        known = {f"ledger/{slot}.json" for slot in self.entries} | {finding.path for finding in self.torn}
-        for name, data in self.storage.get_many([n for n in documents(self.storage, "ledger") if n not in known]):
-            slot = Path(name).stem
+    def refresh(self) -> bool:
+        """Read the entries that others have added since; return whether there was anything new.
+
+        Entries that vanish between listing and reading were replaced by a merged one, which the next listing shows.
+        """
+        found = False
+        for _ in range(LOOKS):
+            names = [Path(name).stem for name in documents(self.storage, "ledger")]
+            merged = sorted(filter(MERGED.fullmatch, names), key=_number)
+            found |= self._read(merged)
+            wanted = set(names) - set(merged) - self.replaced.keys()
+            found |= self._read(sorted(wanted))
+            if self._known() >= wanted:
+                break
+        return found
+
+    def _known(self) -> set[str]:
+        return set(self.entries) | {Path(finding.path).stem for finding in self.torn}
+
+    def _read(self, slots: Sequence[str]) -> bool:
+        """Read the entries of ``slots`` that are not known; return whether there were any."""
+        known, found = self._known(), False
+        for name, data in self.storage.get_many([f"ledger/{slot}.json" for slot in slots if slot not in known]):
+            slot, found = Path(name).stem, True
             try:
-                self.entries[slot] = Entry.from_bytes(slot, data)
+                entry = Entry.from_bytes(slot, data)
             except (ValueError, RecursionError):
                 self.torn.append(Finding(name, "the entry is torn or was changed"))
+                continue
+            if any(replaced in self.replaced for replaced, _ in entry.replaces):
+                self.torn.append(Finding(name, "another merged part holds some of its rows"))
+            else:
+                self._take(entry)
+        return found
+
+    def _take(self, entry: Entry) -> None:
+        """Let an entry count, and no longer those that it replaces."""
+        self.entries[entry.slot] = entry
+        for slot, digest in entry.replaces:
+            self.replaced[slot] = digest
+            self.entries.pop(slot, None)
 
     def add(self, entry: Entry, data: bytes) -> bool:
         """Put a part and create its entry; False when another writer has filled the slot."""
@@ -120,6 +181,29 @@ class Ledger:
         self.entries[entry.slot] = entry
         if before is not None and before.part != entry.part and not self.storage.shared:
             self.storage.delete(before.path)
+
+    def merge(self, entries: Sequence[Entry], data: bytes, rows: int) -> bool:
+        """Put a part with the rows of several entries in their place; False when another merge came first."""
+        if any(self.entries.get(one.slot) != one for one in entries):
+            return False
+        numbers = [_number(slot) for slot in self._known() if MERGED.fullmatch(slot)]
+        entry = Entry.of(f"nll-merged-{max(numbers, default=0) + 1:06d}", data, rows, entries[0].model_id,
+                         [(one.slot, one.sha256) for one in entries])
+        if not self.add(entry, data):
+            self.refresh()
+            return False
+        self._take(entry)
+        return True
+
+    def sweep(self) -> int:
+        """Remove the parts and entries that merged parts have replaced; return how many parts there were."""
+        named = {entry.part for entry in self.entries.values()}
+        parts, slots = self.storage.listed("parts"), self.storage.listed("ledger")
+        gone = [part for digest in self.replaced.values() if (part := part_name("nll", digest)) in parts
+                and part not in named]
+        self.storage.delete(*(f"parts/{part}" for part in gone))
+        self.storage.delete(*(f"ledger/{slot}.json" for slot in self.replaced if f"{slot}.json" in slots))
+        return len(gone)
 
     def next_slot(self) -> str:
         """Return the first free slot for examples."""
@@ -154,6 +238,11 @@ class Ledger:
                 found.append(Finding(entry.path, "the part's sha256 is not the ledger's"))
         return found
 
+    def damage_now(self, deep: Kind | bool) -> list[Finding]:
+        """Return what is damaged; parts that were merged since the entries were read are no damage."""
+        damage = self.damage(deep)
+        return self.damage(deep) if damage and self.refresh() else damage
+
     def orphans(self) -> list[str]:
         """Return the parts that no entry names: what a write that was cut off leaves behind.
 
@@ -162,6 +251,7 @@ class Ledger:
         if self.storage.shared:
             return []
         named = {entry.part for entry in self.entries.values()}
+        named |= {part_name("nll", digest) for digest in self.replaced.values()}
         return sorted(f"parts/{name}" for name in self.storage.listed("parts")
                       if name.endswith(".parquet") and name not in named)
 
@@ -171,10 +261,24 @@ class Ledger:
         On shared storage each is looked at once more just before, because another writer may have mended it already.
         What two writers that mend at the same moment still take from each other is missing afterwards, never wrong.
         """
-        damage = self.damage(deep=True)
+        mended, merged = [], True
+        while merged:
+            damage = self.damage(deep=True)
+            mended += [finding.path for finding in damage]
+            merged = self._put_aside(damage)
+        for name in self.orphans():
+            self.storage.put_aside(name)
+        return mended
+
+    def _put_aside(self, damage: Sequence[Finding]) -> bool:
+        """Put damaged parts aside with their entries; return whether one was merged.
+
+        Then what it had replaced counts again, as far as it is still there.
+        """
         slots: dict[str, list[str]] = {}
         for slot, entry in self.entries.items():
             slots.setdefault(entry.path, []).append(slot)
+        merged = False
         for finding in damage:
             named = slots.get(finding.path, [])
             if self.storage.shared and named and self.files([self.entries[named[0]]]):
@@ -183,7 +287,13 @@ class Ledger:
                 self.storage.put_aside(f"ledger/{slot}.json")
                 del self.entries[slot]
             self.storage.put_aside(finding.path)
+            merged |= any(MERGED.fullmatch(slot) for slot in [*named, Path(finding.path).stem])
         self.torn.clear()
-        for name in self.orphans():
-            self.storage.put_aside(name)
-        return [finding.path for finding in damage]
+        if merged:
+            self.replaced = {slot: digest for e in self.entries.values() for slot, digest in e.replaces}
+            self.refresh()
+        return merged
+
+
+def _number(slot: str) -> int:
+    return int(slot.rpartition("-")[2])

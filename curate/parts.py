@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate.ledger import Kind
+from curate.ledger import Entry, Kind
 
 EXAMPLES_SCHEMA = pa.schema([
     pa.field("example_id", pa.string(), nullable=False), pa.field("corpus", pa.string(), nullable=False),
@@ -61,9 +63,34 @@ def read_columns(paths: Sequence[Path], schema: pa.Schema, columns: Sequence[str
     return pl.concat([empty, *(pl.read_parquet(path, columns=list(columns), glob=False) for path in paths)])
 
 
-def index_of(table: pa.Table, part: str) -> pl.DataFrame:
-    """Return the index rows of a table of examples that lies in ``part``."""
-    return pl.from_arrow(table.select(list(INDEX))).with_columns(part=pl.lit(part))
+@dataclass(frozen=True)
+class Lookup:
+    """Which part each example is in, found by bisection, so that a chunk costs no pass over all ids."""
+
+    ids: pl.Series
+    """Sorted."""
+    owners: pl.Series
+    """Which of ``entries`` each is in."""
+    entries: Sequence[Entry]
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], paths: Sequence[Path]) -> Self:
+        """Read the ids of parts that were checked before."""
+        frames = [read_columns([path], EXAMPLES_SCHEMA, ["example_id"]).with_columns(owner=pl.lit(number, pl.Int32))
+                  for number, path in enumerate(paths)]
+        table = pl.concat([pl.DataFrame(schema={"example_id": pl.String, "owner": pl.Int32}), *frames])
+        table = table.sort("example_id")
+        return cls(table["example_id"], table["owner"], entries)
+
+    def parts(self, ids: Sequence[str]) -> tuple[list[Entry], list[str]]:
+        """Return the entries that hold some of ``ids``, and the ids that none holds."""
+        if not len(self.ids):
+            return [], list(ids)
+        wanted = pl.Series(ids, dtype=pl.String)
+        places = self.ids.search_sorted(wanted).clip(0, len(self.ids) - 1)
+        there = self.ids.gather(places) == wanted
+        owners = self.owners.gather(places.filter(there)).unique().sort()
+        return [self.entries[number] for number in owners], wanted.filter(~there).to_list()
 
 
 def shape(path: Path) -> tuple[pa.Schema, int] | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from curate.chunks import Chunk, Compute, Here, Opening, Shard, Work, encoded_rows, missing_chunks, nll_table
+from curate.chunks import Chunk, Compute, Here, Opening, Shard, Work, cuts, encoded_rows, missing_chunks, nll_table
 from curate.core.chat import ENCODING, encode
 from curate.core.documents import EnsembleSpec, ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
@@ -36,6 +36,8 @@ from curate.scorers.choose import EngineSettings, Models
 from curate.store import Store
 
 PART_ROWS = 8192
+MANY_PARTS = 4096
+"""Parts of scores from which on it is worth saying that they can be merged."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,16 @@ def score(job: ScoreJob, compute: Compute | None = None) -> Summary:
         summary.quarantined = len(store.quarantined)
         for model, _ in models:
             store.put_model(model)
-        missing = [chunk for model, _ in models for chunk in missing_chunks(store, model.identity.id)]
+        rows = cuts(store)
+        missing = [chunk for model, _ in models for chunk in missing_chunks(store, model.identity.id, among=rows)]
         mine = [chunk for chunk in missing if job.shard is None or job.shard.takes(chunk.model_id, chunk.ids)]
         summary.left = sum(len(chunk.ids) for chunk in missing) - sum(len(chunk.ids) for chunk in mine)
         if mine:
             _compute(store, ready, mine, compute, summary)
+        n_parts = sum(entry.kind == "nll" for entry in store.entries())
+        if n_parts >= MANY_PARTS:
+            say(f"The scores lie in {n_parts:,} parts, one for each chunk; fewer are faster to open: curate compact "
+                f"{job.store}")
         _count_failures(store, models, summary, job.max_failures)
     return summary
 
@@ -169,7 +176,7 @@ def models_of(job: ScoreJob, identity: ModelIdentity, tokenizer: object) -> list
 
 def ingest(job: ScoreJob, store: Store, tokenizer: object) -> Summary:
     """Read the corpora, store what is new, and write the plan; every row that comes in is counted once."""
-    known, seen, summary = store.example_ids(), set(), Summary()
+    seen, summary = set(), Summary()
     planned = []
     for corpus in job.corpora:
         reading, ids, duplicates = Reading(), [], 0
@@ -182,14 +189,13 @@ def ingest(job: ScoreJob, store: Store, tokenizer: object) -> Summary:
                 continue
             seen.add(example.id)
             ids.append(example.id)
-            if example.id not in known:
+            if not store.holds(example.id):
                 new.append(example)
             if len(new) == PART_ROWS:
                 store.put_examples(_table(new, corpus.label, tokenizer, job.max_tokens))
                 new = []
         if new:
             store.put_examples(_table(new, corpus.label, tokenizer, job.max_tokens))
-        known |= set(ids)
         key = corpus_key(corpus.label, corpus.source, job.sampling.__dict__)
         store.put_membership(key, ids)
         planned.append(PlannedCorpus(label=corpus.label, source=corpus.source, folder=str(corpus.folder), key=key,

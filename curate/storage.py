@@ -57,8 +57,8 @@ class Storage(Protocol):
     def files(self, wanted: Mapping[str, str]) -> dict[str, Path]:
         """Return local files for names with their sha256; one that is gone or has another sha256 is left out."""
 
-    def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+    def delete(self, *names: str) -> None:
+        """Remove files, as far as they are there."""
 
     def put_aside(self, name: str) -> None:
         """Move a file into the quarantine, if it is there."""
@@ -133,9 +133,10 @@ class LocalStorage:
                     found[name] = path
         return found
 
-    def delete(self, name: str) -> None:
+    def delete(self, *names: str) -> None:
         """See ``Storage``."""
-        (self.root / name).unlink(missing_ok=True)
+        for name in names:
+            (self.root / name).unlink(missing_ok=True)
 
     def put_aside(self, name: str) -> None:
         """See ``Storage``."""
@@ -222,9 +223,9 @@ class ObjectStorage:
         """See ``Storage``."""
         return fetched(self.objects, wanted, ".parquet")
 
-    def delete(self, name: str) -> None:
+    def delete(self, *names: str) -> None:
         """See ``Storage``."""
-        self.objects.delete(name)
+        self.objects.delete(names)
 
     def put_aside(self, name: str) -> None:
         """See ``Storage``: a copy goes to the quarantine before the object is removed."""
@@ -232,7 +233,7 @@ class ObjectStorage:
             self.objects.put(f"quarantine/{name.rpartition('/')[2]}", self.objects.get(name))
         except FileNotFoundError:
             return
-        self.objects.delete(name)
+        self.objects.delete([name])
 
     def leftovers(self) -> list[str]:
         """See ``Storage``: a put that is cut off leaves nothing."""

@@ -23,17 +23,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.audit import audit
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sha256
-from curate.ledger import Entry, Finding, Kind, Ledger
+from curate.inspection import inspect
+from curate.ledger import LOOKS, Entry, Finding, Kind, Ledger
 from curate.parts import (
     CORPUS_SCHEMA,
     EXAMPLES_SCHEMA,
     INDEX,
     NLL_SCHEMA,
+    Lookup,
     checked,
-    index_of,
     new_rows,
     part_bytes,
     read_columns,
@@ -51,8 +51,12 @@ class Store:
         self.quarantined: list[str] = []
         self.storage = storage
         self._ledger = ledger
+        self.swept = 0
+        """How many parts were removed because a merged part had replaced them."""
         self._held: ExitStack | None = None
         self._index: pl.DataFrame | None = None
+        self._lookup: Lookup | None = None
+        self._ids: set[str] | None = None
         self._scored: tuple[str, set[str]] | None = None
         self._named: set[str] = set()
 
@@ -71,6 +75,7 @@ class Store:
             for name in broken:
                 storage.put_aside(name)
             store.quarantined = store._ledger.mend() + broken
+            store.swept = 0 if storage.shared else store._ledger.sweep()
             store._held = held.pop_all()
         return store
 
@@ -83,7 +88,7 @@ class Store:
     @staticmethod
     def audit(place: Path | str) -> tuple[list[Finding], int]:
         """Check everything in a store; return what is wrong and how many files were looked at."""
-        return audit(storage_at(place))
+        return inspect(storage_at(place))
 
     def __enter__(self) -> Self:
         return self
@@ -106,16 +111,17 @@ class Store:
         self._check_writable()
         table = checked(table, EXAMPLES_SCHEMA)
         while True:
-            table = new_rows(table, set(self._known(table["example_id"].to_pylist())["example_id"]))
+            table = new_rows(table, self._stored_ids())
             if not table.num_rows:
                 return
             data = part_bytes(table)
-            entry = Entry.of(self._ledger.next_slot(), data, table.num_rows)
-            if self._ledger.add(entry, data):
-                self._index = pl.concat([self._examples(), index_of(table, entry.part)])
+            added = self._ledger.add(Entry.of(self._ledger.next_slot(), data, table.num_rows), data)
+            self._index = self._lookup = None
+            if added:
+                self._stored_ids().update(table["example_id"].to_pylist())
                 return
             self._ledger.refresh()
-            self._index = None
+            self._ids = None
 
     def put_nll(self, model_id: str, table: pa.Table) -> None:
         """Store what a model makes of examples; rows that are stored already, by whomever, are left as they are."""
@@ -137,6 +143,25 @@ class Store:
         if not self._ledger.add(Entry.of(f"nll-{work}", data, table.num_rows, model_id), data):
             self._ledger.refresh()
         self._scored[1].update(table["example_id"].to_pylist())
+
+    def merge_nll(self, entries: Sequence[Entry]) -> bool:
+        """Store the rows of several parts of one model's scores as one part, which counts in their place.
+
+        False when another merge came first. The parts stay where they are until ``sweep``.
+        """
+        self._check_writable()
+        paths = self._ledger.files(entries)
+        if len(paths) < len(entries):
+            self._refuse(self._ledger.damage_now("nll"))
+            return False
+        tables = [pq.read_table(path, page_checksum_verification=True) for path in paths]
+        table = checked(pa.concat_tables(tables), NLL_SCHEMA)
+        return self._ledger.merge(entries, part_bytes(table), table.num_rows)
+
+    def sweep(self) -> None:
+        """Remove what merged parts have replaced; on a folder this happens whenever it is opened to write."""
+        self._check_writable()
+        self.swept += self._ledger.sweep()
 
     def put_membership(self, key: str, ids: Sequence[str]) -> None:
         """Store which examples a corpus consists of, in place of what was known of this key."""
@@ -183,8 +208,14 @@ class Store:
 
         Raises ``UserError`` (integrity) when anything that can be seen of the store is damaged.
         """
-        self._refuse(self._ledger.damage(deep=kind))
-        return self._ledger.files(self._ledger.select(kind, model_id))
+        for _ in range(LOOKS):
+            self._refuse(self._ledger.damage_now(kind))
+            entries = self._ledger.select(kind, model_id)
+            paths = self._ledger.files(entries)
+            if len(paths) == len(entries):
+                return paths
+        raise UserError(f"The parts of the store {self.path} are removed while they are read.",
+                        "Another process is merging or mending them; try again.", Exit.INTEGRITY)
 
     def _refuse(self, damage: Sequence[Finding]) -> None:
         if damage:
@@ -194,14 +225,14 @@ class Store:
                             "`curate verify` lists them; the same `curate score` again replaces them.", Exit.INTEGRITY)
 
     def evidence_digest(self) -> str:
-        """Return one digest for all examples and scores: over the sorted sha256 of their parts."""
-        self._refuse(self._ledger.damage(deep=False))
+        """Return one digest for all examples and scores: over the sorted sha256 of the parts they were stored in."""
+        self._refuse(self._ledger.damage_now(False))
         entries = [*self._ledger.select("examples"), *self._ledger.select("nll")]
-        return sha256("\n".join(sorted(entry.sha256 for entry in entries)).encode())
+        return sha256("\n".join(sorted(digest for entry in entries for digest in entry.evidence)).encode())
 
     def example_index(self) -> pl.DataFrame:
         """Return example_id, n_prompt_tokens, n_answer_tokens and status of every example, sorted by id."""
-        return self._examples().drop("part").sort("example_id")
+        return self._examples().sort("example_id")
 
     def example_parts(self) -> Iterator[pa.Table]:
         """Yield the same columns part by part, in an order that depends on what is stored only."""
@@ -210,7 +241,11 @@ class Store:
 
     def example_ids(self) -> set[str]:
         """Return the ids of the stored examples."""
-        return set(self._examples()["example_id"])
+        return set(self._stored_ids())
+
+    def holds(self, example_id: str) -> bool:
+        """Return whether an example is stored."""
+        return example_id in self._stored_ids()
 
     def statuses(self, ids: Collection[str]) -> Counter[str]:
         """Return how many of the examples ``ids`` have which status."""
@@ -231,7 +266,8 @@ class Store:
     def writes(self) -> list[tuple[float, int, Kind]]:
         """Return when (seconds since 1970) how many rows of which kind were stored, as far as that is known."""
         times = self.storage.listed("ledger")
-        found = ((times.get(f"{slot}.json"), entry) for slot, entry in self._ledger.entries.items())
+        found = ((times.get(f"{slot}.json"), entry) for slot, entry in self._ledger.entries.items()
+                 if not entry.replaces)
         return [(at.modified, entry.rows, entry.kind) for at, entry in found if at and at.modified is not None]
 
     def failed_ids(self, model_ids: Collection[str]) -> set[str]:
@@ -240,34 +276,41 @@ class Store:
         frames = (self._nll(m, "example_id", "status", "nll_sum", "n_tokens") for m in model_ids)
         return {example_id for frame in frames for example_id in frame.filter(~good)["example_id"]}
 
-    def read_examples(self, ids: Sequence[str]) -> pa.Table:
-        """Return whole examples in the order of ``ids``; ``UserError`` (integrity) if one is not stored."""
-        wanted = pl.DataFrame({"example_id": list(ids)}, schema={"example_id": pl.String})
-        parts = wanted.join(self._examples(), on="example_id", how="left", maintain_order="left")["part"]
-        if parts.null_count():
-            absent = next(i for i, part in zip(ids, parts, strict=True) if part is None)
-            raise UserError(f"{parts.null_count()} examples are not in the store {self.path}, the first is {absent}.",
+    def read_examples(self, ids: Sequence[str], columns: Sequence[str] = tuple(EXAMPLES_SCHEMA.names)) -> pa.Table:
+        """Return columns of examples in the order of ``ids``; ``UserError`` (integrity) if one is not stored.
+
+        A thread may read them while another stores scores, but not while examples are stored.
+        """
+        self._lookup = self._lookup or self._looked_up()
+        held, strangers = self._lookup.parts(ids)
+        if strangers:
+            raise UserError(f"{len(strangers)} examples are not in the store {self.path}, the first is {strangers[0]}.",
                             "Score the corpus they come from into it.", Exit.INTEGRITY)
-        values = pa.array(ids, pa.string())
-        found = [EXAMPLES_SCHEMA.empty_table()]
-        names = set(parts)
-        held = [entry for entry in self._ledger.select("examples") if entry.part in names]
+        values, wanted = pa.array(ids, pa.string()), list(dict.fromkeys(["example_id", *columns]))
+        found = [EXAMPLES_SCHEMA.empty_table().select(wanted)]
         paths = self._ledger.files(held)
         if len(paths) < len(held):
-            self._refuse(self._ledger.damage(deep="examples"))
+            self._refuse(self._ledger.damage_now("examples"))
         for path in paths:
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = pq.read_table(path, columns=wanted, page_checksum_verification=True)
             found.append(table.filter(pc.is_in(table["example_id"], values)))
         table = pa.concat_tables(found)
         return table.take(pc.index_in(values, table["example_id"].combine_chunks()))
 
+    def _looked_up(self) -> Lookup:
+        entries = self._ledger.select("examples")
+        return Lookup.of(entries, self.part_files("examples"))
+
+    def _stored_ids(self) -> set[str]:
+        """Return the ids of the stored examples, the set itself."""
+        if self._ids is None:
+            self._ids = set(self._examples()["example_id"])
+        return self._ids
+
     def _examples(self) -> pl.DataFrame:
-        """Return the example index with the part that each example is in; read once."""
+        """Return the example index; read once."""
         if self._index is None:
-            names = [entry.part for entry in self._ledger.select("examples")]
-            frames = [index_of(pq.read_table(path, columns=list(INDEX)), name)
-                      for name, path in zip(names, self.part_files("examples"), strict=True)]
-            self._index = pl.concat([pl.DataFrame(schema={**INDEX, "part": pl.String}), *frames])
+            self._index = read_columns(self.part_files("examples"), EXAMPLES_SCHEMA, list(INDEX))
         return self._index
 
     def _known(self, ids: Collection[str]) -> pl.DataFrame:

@@ -1,17 +1,20 @@
 """The real commands on real data: the safe pool and a narrow set of others, with SmolLM2. Slow; run by hand:
 
-    pytest -m slow tests/test_real_data.py -s          # SAFESET_ROWS=300 for a smaller sample than 1,000 rows
+    pytest -m slow tests/test_real_data.py -s          # SAFESET_ROWS=300 for another sample than 1,000 and 80 rows
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from curate.cli import main as curate
+from curate.core.model import smollm2_folder
+from tests.curate.runs import tiny_run
 from train.cli import main as train
 
 ROWS = os.environ.get("SAFESET_ROWS", "1000")
@@ -55,3 +58,27 @@ def test_refusals_fill_the_top_and_the_filter_takes_them_out(shared: Path, tmp_p
               json.dumps({"interleaving+": plus["counts"], "interleaving++": filtered["counts"]}))
     assert filtered["counts"]["refusal"] > 0
     assert plus["counts"]["selected"] == filtered["counts"]["selected"] == n
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_within_a_quarter_of_the_real_one(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models; needs a machine that is as busy during the one as during the other."""
+    monkeypatch.chdir(tmp_path)
+    Path("pool.jsonl").write_bytes((shared / "pool" / "safe_pool.jsonl").read_bytes())
+    tiny_run(smollm2_folder(), tmp_path / "m0", "m0", seed=1, scale=0.01)
+    line = ["score", "--corpus", "pool.jsonl", "--sample", os.environ.get("SAFESET_ROWS", "80"), "--aligned", "smollm2",
+            "--member", "m0", "--json"]
+
+    def timed(*more: str) -> tuple[float, dict[str, object]]:
+        capsys.readouterr()
+        begun = time.monotonic()
+        curate.main(args=[*line, *more], standalone_mode=False)
+        return time.monotonic() - begun, json.loads(capsys.readouterr().out)
+
+    dry_s, said = timed("--dry-run")
+    real_s, done = timed()
+    with capsys.disabled():
+        print(f"\nestimated {3600 * said['hours']:.1f} s after {dry_s:.1f} s, took {real_s:.1f} s; {said}")
+    assert said["to_compute"] == done["computed"] and len(done["computed"]) == 2
+    assert 0.75 <= 3600 * said["hours"] / real_s <= 1.25

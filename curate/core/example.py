@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from curate.core.errors import UserError, unknown
@@ -35,7 +36,7 @@ class Example:
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """128 bits of the SHA-256 of the messages, as 32 hexadecimal digits: identity by content."""
         return sha256(canonical_json([[m.role, m.content] for m in self.messages]))[:32]

@@ -155,7 +155,7 @@ def is_out_of_memory(err: BaseException) -> bool:
 
 def _one_pass(model: torch.nn.Module, encoded: Sequence[Encoded], bins: list[list[int]]) -> list[tuple[int, AnswerNll]]:
     device = next(model.parameters()).device
-    batch = pack(encoded, bins)
+    batch = pack(encoded, bins, device=device)
     with torch.inference_mode():
         nll = token_nll(model, batch.to(device)).double().cpu()
     order = [i for one in bins for i in one]

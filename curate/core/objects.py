@@ -26,6 +26,8 @@ DRIVERS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", None), "gcs": ("gcsfs", None), 
 
 AT_ONCE = 64
 """How many objects are fetched at the same time."""
+DELETED_AT_ONCE = 1000
+"""How many objects are removed with one request, where the service can do that."""
 
 
 CONFLICTS = 5
@@ -114,13 +116,17 @@ class Objects:
             return False
         return True
 
-    def delete(self, name: str) -> None:
-        """Remove an object, if it is there."""
-        with self._readable(name):
-            try:
-                self._files.rm_file(self._path(name))
-            except FileNotFoundError:
-                pass
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove objects, many at a time; one that is not there is gone already."""
+        for start in range(0, len(names), DELETED_AT_ONCE):
+            some = names[start:start + DELETED_AT_ONCE]
+            with self._readable(some[0]):
+                try:
+                    self._files.rm([self._path(name) for name in some])
+                except FileNotFoundError:
+                    if len(some) > 1:
+                        for name in some:
+                            self.delete([name])
 
     def listed(self, folder: str = "") -> dict[str, Listed]:
         """Return the names right below ``folder`` that are objects."""

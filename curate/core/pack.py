@@ -115,10 +115,12 @@ def shared_prefix(encoded: Sequence[Encoded]) -> int:
     return max(length, 0)
 
 
-def pack(encoded: Sequence[Encoded], bins: Sequence[Sequence[int]], pad: int = 0, eot: bool = True) -> Packed:
+def pack(encoded: Sequence[Encoded], bins: Sequence[Sequence[int]], pad: int = 0, eot: bool = True,
+         device: torch.device | str = "cpu") -> Packed:
     """Build the tensors for the sequences planned in ``bins`` (lists of indices into ``encoded``).
 
-    With ``eot`` False the end-of-turn tokens are no targets.
+    With ``eot`` False the end-of-turn tokens are no targets. What has a number for each position is made on ``device``,
+    because the mask is large to make and to move; the rest stays here.
     """
     members = [encoded[i] for one in bins for i in one]
     shared = shared_prefix(members)
@@ -126,11 +128,11 @@ def pack(encoded: Sequence[Encoded], bins: Sequence[Sequence[int]], pad: int = 0
     width = max(len(s.ids) for s in sequences)
 
     def grid(name: str, fill: int) -> torch.Tensor:
-        return torch.tensor([getattr(s, name) + [fill] * (width - len(s.ids)) for s in sequences])
+        return torch.tensor([getattr(s, name) + [fill] * (width - len(s.ids)) for s in sequences]).to(device)
 
     prompts, answers = grid("prompts", -1), grid("answers", -1)
     real = prompts >= 0
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     same_prompt = (prompts[:, :, None] == prompts[:, None, :]) | (prompts[:, None, :] == 0)
     same_answer = (answers[:, :, None] == answers[:, None, :]) | (answers[:, None, :] == 0)
     targets = [(s * width + t, target, owner, is_eot)

@@ -27,8 +27,16 @@ def safe(text: str) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\t", "    "))
 
 
-class Terminated(BaseException):
+_TERMINATED: list[bool] = []
+"""Not empty once SIGTERM has arrived: Ray, which waits in C, passes on the exception of any signal as Ctrl-C."""
+
+
+class Terminated(KeyboardInterrupt):
     """SIGTERM arrived."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _TERMINATED.append(True)
 
 
 class Room(click.Group):
@@ -40,6 +48,7 @@ class Room(click.Group):
             return super().main(*args, standalone_mode=False, **kwargs)
         argv = list(kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
         again = " ".join([_program(), *map(_quoted, argv)])
+        _TERMINATED.clear()
         signal.signal(signal.SIGTERM, _terminate)
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
@@ -53,10 +62,8 @@ class Room(click.Group):
             sys.exit(err.exit_code)
         except (KeyboardInterrupt, click.Abort):
             _stop_listening()
-            _fail("Interrupted; what was finished is kept.", f"Go on with: {again}", Exit.INTERRUPTED, "--json" in argv)
-        except Terminated:
-            _stop_listening()
-            _fail("Terminated; what was finished is kept.", f"Go on with: {again}", Exit.TERMINATED, "--json" in argv)
+            word, code = ("Terminated", Exit.TERMINATED) if _TERMINATED else ("Interrupted", Exit.INTERRUPTED)
+            _fail(f"{word}; what was finished is kept.", f"Go on with: {again}", code, "--json" in argv)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; whoever stops reading (``| head``) has seen enough. See ``click.Group.invoke``."""

@@ -86,3 +86,20 @@ def fill(path: Path, models: Sequence[ModelIdentity] = MODELS) -> list[str]:
                 if left:
                     store.put_nll(who.id, nll(who, {name: 1.0 + len(who.name) for name in left}))
         return store.quarantined
+
+
+def scatter(path: Path, digest: Path | None = None) -> None:
+    """Score five examples under two models, each row in a part of its own; write the digest of the evidence."""
+    with Store.create_or_open(path, header()) as store:
+        store.put_examples(examples("abcde"))
+        store.put_membership(KEY, example_ids("abcde"))
+        planned = PlannedCorpus(label="demo", source=SOURCE, folder="", key=KEY, n_rows=5)
+        store.put_plan(Plan(corpora=(planned,), n_rows=5, counts={"ok": 5}))
+        for who in SCORED:
+            store.put_model(model(who))
+            done = store.scored_ids(who.id)
+            for k, name in enumerate("abcde"):
+                if not done.issuperset(example_ids([name])):
+                    store.put_nll(who.id, nll(who, {name: 1.0 + k * len(who.name)}))
+        if digest is not None:
+            digest.write_text(store.evidence_digest())

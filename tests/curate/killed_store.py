@@ -12,16 +12,16 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import curate.compact as compaction
 from curate.store import Store
-from tests.curate.evidence import SCORED, WANTED, examples, fill, header
+from tests.curate.evidence import SCORED, WANTED, examples, fill, header, scatter
 
 CALLS = ("fsync", "replace")
 """Between two of these the disk does not change in a way that matters: every state is that before one of them."""
-
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -37,8 +37,8 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def killed_at(count: int, work: Callable[[], object]) -> Callable[[], object]:
-    """Return ``work`` such that its process dies before the ``count``-th of ``CALLS``."""
+def killed_at(count: int, work: Callable[[], object], calls: Sequence[str] = CALLS) -> Callable[[], object]:
+    """Return ``work`` such that its process dies before the ``count``-th of ``calls``."""
     left = itertools.count(count - 1, -1)
 
     def counted(name: str) -> Callable[..., object]:
@@ -52,7 +52,7 @@ def killed_at(count: int, work: Callable[[], object]) -> Callable[[], object]:
         return call
 
     def run() -> object:
-        for name in CALLS:
+        for name in calls:
             setattr(os, name, counted(name))
         return work()
 
@@ -117,6 +117,42 @@ def loop(root: Path, digest: str, damaged: bool) -> int:
     raise AssertionError
 
 
+def compact_twice(path: Path) -> None:
+    """Merge parts of one row into parts of two or three, and remove what they replace."""
+    compaction.FEWEST, compaction.PART_ROWS = 2, 3
+    compaction.compact(path)
+    compaction.compact(path)
+
+
+def check_compacted(root: Path, digest: str) -> None:
+    """Whatever step a kill came before: every row is there once, and another run ends with four parts of scores."""
+    for path in root.glob("compacted-*"):
+        check_after_kill(path)
+        for finish in (lambda: None, partial(compact_twice, path)):
+            finish()
+            store = Store.open_read(path)
+            assert [store.n_scored(who.id) for who in SCORED] == [len(WANTED)] * 2
+            assert all(store.scored_ids(who.id) == WANTED for who in SCORED)
+            assert store.evidence_digest() == digest
+        assert Store.audit(path)[0] == []
+        for folder in ("parts", "ledger"):
+            assert len(list((path / folder).glob("nll-*"))) == 4
+
+
+def compacted(root: Path) -> int:
+    """Kill a compaction before its first, second, ... step until it passes; return how many there were."""
+    assert in_child(partial(scatter, root / "scattered", root / "digest")) == 0
+    for count in itertools.count(1):
+        path = root / f"compacted-{count}"
+        shutil.copytree(root / "scattered", path)
+        ended = in_child(killed_at(count, partial(compact_twice, path), (*CALLS, "unlink")))
+        assert ended in (0, -signal.SIGKILL), (count, ended)
+        if ended == 0:
+            assert in_child(partial(check_compacted, root, (root / "digest").read_text())) == 0
+            return count - 1
+    raise AssertionError
+
+
 def clean(root: Path) -> None:
     """Make the undisturbed store and note its digest."""
     fill(root / "clean", SCORED)
@@ -124,12 +160,13 @@ def clean(root: Path) -> None:
 
 
 def main(root: Path) -> None:
-    """Print how many steps were killed, for a new store and for one that is damaged."""
+    """Print how many steps were killed: of filling a new store, of mending a damaged one, of compacting one."""
     os.fsync = lambda handle: None
     examples("a")
     assert in_child(partial(clean, root)) == 0
     digest = (root / "digest").read_text()
-    print(loop(root, digest, False), loop(root, digest, True))
+    (root / "compact").mkdir()
+    print(loop(root, digest, False), loop(root, digest, True), compacted(root / "compact"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +178,20 @@ def test_a_missing_ray_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         OnRay("auto")
     assert caught.value.exit_code == Exit.ENVIRONMENT and "safeset[ray]" in caught.value.hint
+
+
+def test_a_cluster_does_not_keep_the_line_to_go_on_with_from_being_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("the way Ray ends"))
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    monkeypatch.setattr(cluster, "require", lambda *_: None)
+    before = signal.signal(signal.SIGTERM, ours := lambda number, frame: None)
+    try:
+        OnRay("auto")._connected()
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # A real cluster

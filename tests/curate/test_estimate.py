@@ -33,9 +33,10 @@ def test_speed_is_interpolated_between_what_was_measured() -> None:
 
 def test_time_adds_up() -> None:
     timing = Timing(SPEEDS, reading_s=7.0, load_s=5.0, open_s=3.0, slowdown=1.5, ram_bytes=0, gpu_bytes=None)
-    aligned = [chunk(20, 10), chunk(25, 15)]  # 30 tokens at 150 a second, then 40 at 200
+    aligned = [chunk(20, 10), chunk(30, 15, 10)]  # 200 tokens a second, twice 100, 160 and 150
     member = [chunk(60, 60, 60)]  # 180 tokens at 40 a second
-    assert seconds(timing, [aligned, member, []]) == pytest.approx(7 + 5 + (0.2 + 0.2) + (4.5 * 1.5 + 3))
+    pure = 20 / 200 + 2 * 10 / 100 + 30 / 160 + 15 / 150
+    assert seconds(timing, [aligned, member, []]) == pytest.approx(7 + 5 + pure + (4.5 * 1.5 + 3))
     assert seconds(timing, [[], []]) == 12
 
 

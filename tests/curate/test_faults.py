@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from curate.core.model import load_tokenizer
 from curate.storage import Lock
+from curate.store import Store
 from tests.conftest import ROOT
-from tests.curate.faults import prepare, small_disk
+from tests.curate.faults import N_ROWS, prepare, small_disk
+from tests.curate.stub_server import Stub
+from tests.fakes import tiny_model, tiny_rows, write_rows
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -97,3 +101,35 @@ def test_scoring_that_is_stopped_says_how_to_go_on(tmp_path: Path, number: int, 
     lock = Lock(tmp_path / "a store" / "lock")
     lock.acquire()
     lock.release()
+
+
+PLAIN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "curate"
+from curate.cli import main
+main()
+"""
+
+
+def test_scoring_on_a_server_that_hangs_can_be_stopped_and_says_how_to_go_on(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model(tmp_path / "tiny")))
+    write_rows(tmp_path / "pool.jsonl", tiny_rows(N_ROWS, "pool"))
+    stub = Stub(tokenizer, {"tiny": 3}, tokenizer.convert_tokens_to_ids("<|im_start|>"),
+                row=lambda number: "hang" if number > 7 else None).start()
+    words = ["score", "--corpus", "pool.jsonl", "--aligned", "tiny", "--store", "s", "--base-url", stub.url,
+             "--max-tokens", "400"]
+    child = subprocess.Popen([sys.executable, "-c", PLAIN, *words], cwd=tmp_path, env=ENVIRONMENT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while stub.rows_asked <= 7:
+            assert child.poll() is None, child.stderr.read()
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        _, err = child.communicate(timeout=60)
+    finally:
+        stub.stop()
+    assert child.returncode == 130 and "Traceback" not in err and time.monotonic() - begun < 20
+    assert f"Go on with: curate {' '.join(words)}" in err
+    assert Store.audit(tmp_path / "s")[0] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 
 import curate.chunks as chunks
 import curate.score as scoring
-from curate.chunks import Shard
-from curate.core.chat import encode
+from curate.chunks import Chunk, Shard, Work, encoded_ahead
+from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
 from curate.core.model import identify, load
+from curate.core.nll import AnswerNll
+from curate.core.terminal import Progress
 from curate.corpora import open_corpus
 from curate.query import connect
 from curate.score import Sampling, ScoreJob, ensemble_members, score
@@ -69,10 +72,13 @@ def test_scores_equal_plain_forward_passes(tmp_path: Path, model: Path, ensemble
         assert found[example.id] == pytest.approx(plain, abs=1e-5)
 
 
-def test_typed_again_computes_nothing_and_more_rows_or_members_only_those(tmp_path: Path, model: Path,
-                                                                          ensemble: Path) -> None:
+def test_typed_again_computes_nothing_and_more_rows_or_members_only_those(
+        tmp_path: Path, model: Path, ensemble: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     first = job(tmp_path, model, ensemble)
+    monkeypatch.setattr(scoring, "MANY_PARTS", 21)
     score(first)
+    assert "The scores lie in 21 parts" in capsys.readouterr().err
     assert score(first).models == {}
     write_rows(tmp_path / "pool.jsonl", [*tiny_rows(29, "pool"), *tiny_rows(4, "more")])
     assert score(job(tmp_path, model, ensemble)).models == {"tiny": 4, "m0": 4, "m1": 4}
@@ -80,6 +86,30 @@ def test_typed_again_computes_nothing_and_more_rows_or_members_only_those(tmp_pa
     grown = job(tmp_path, model, ensemble)
     grown = job(tmp_path, model, ensemble, members=[*grown.members, third])
     assert score(grown).models == {"m2": 33}
+
+
+def test_rows_are_encoded_while_the_chunk_before_is_computed() -> None:
+    asked = [threading.Event() for _ in range(3)]
+
+    def encoded(chunk: Chunk) -> list[object]:
+        asked[int(chunk.ids[0])].set()
+        return [chunk.ids[0]]
+
+    work = Work(None, {}, {}, [Chunk("m", (str(k),), (1,)) for k in range(3)], encoded, Progress("s", 1, "tokens"))
+    for number, (chunk, rows) in enumerate(encoded_ahead(work, work.chunks)):
+        assert rows == [str(number)] == list(chunk.ids)
+        assert number == 2 or asked[number + 1].wait(20)
+        assert number or not asked[2].is_set(), "one chunk ahead, not more"
+
+
+def test_progress_names_rows_rejects_and_the_batch() -> None:
+    bar = Progress("Scoring, m0", 40, "tokens")
+    work = Work(None, {}, {}, [], lambda chunk: [], bar)
+    good, bad = AnswerNll(1.0, 2, None, "ok"), AnswerNll(float("nan"), 2, None, "nonfinite")
+    work.finished([Encoded((1, 2, 3), 1, 3)] * 3, [good, bad, good])
+    work.finished([Encoded((1, 2, 3), 1, 3)] * 2, [bad, good])
+    assert bar.done == 10 and bar.line().startswith("Scoring, m0: 25% of 40 tokens, ")
+    assert bar.line().endswith(" s left 5 rows, 2 rejected, 2 at once")
 
 
 def test_every_row_has_one_status(tmp_path: Path, model: Path) -> None:

@@ -49,8 +49,11 @@ def test_a_file_is_put_got_listed_created_once_and_removed(storage: Storage) -> 
     storage.put_aside("parts/a")
     storage.put_aside("parts/none")
     assert set(storage.listed("parts")) == {"b"} and storage.get("quarantine/a") == b"three"
+    storage.put("parts/c", b"c")
+    storage.delete("parts/b", "parts/none")
     storage.delete("parts/b")
-    storage.delete("parts/b")
+    storage.delete()
+    assert set(storage.listed("parts")) == {"c"}
     with pytest.raises(FileNotFoundError):
         storage.get("parts/b")
 

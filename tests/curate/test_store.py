@@ -383,5 +383,6 @@ def test_a_kill_at_any_step_loses_nothing_and_doubles_nothing(tmp_path: Path) ->
                           capture_output=True, text=True, timeout=120, check=False,
                           cwd=Path(__file__).parent.parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]
-    n_new, n_damaged = map(int, done.stdout.split())
-    assert n_new >= 50 and n_damaged >= 15, (n_new, n_damaged, time.monotonic() - start)
+    n_new, n_damaged, n_compacted = map(int, done.stdout.split())
+    assert n_new >= 50 and n_damaged >= 15 and n_compacted >= 30, (n_new, n_damaged, n_compacted,
+                                                                   time.monotonic() - start)

@@ -13,7 +13,7 @@ from curate.records import broken_documents, read_header
 from curate.storage import Storage, documents
 
 
-def audit(storage: Storage) -> tuple[list[Finding], int]:
+def inspect(storage: Storage) -> tuple[list[Finding], int]:
     """Check everything in a store; return what is wrong and how many files were looked at."""
     if "store.json" not in storage.listed():
         raise UserError(f"There is no store at {storage.place}.", "Make one with: curate score ...")
@@ -23,7 +23,7 @@ def audit(storage: Storage) -> tuple[list[Finding], int]:
         read_header(storage)
     except UserError as err:
         findings.append(Finding("store.json", err.message))
-    damage = ledger.damage(deep=True)
+    damage = ledger.damage_now(deep=True)
     findings += damage
     left = [*storage.leftovers(), *ledger.orphans()]
     findings += [Finding(name, "left behind by a write that was cut off; it counts for nothing, and the next "
