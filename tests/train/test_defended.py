@@ -23,6 +23,7 @@ from tests.fakes import tiny_mix, tiny_model
 from tests.train.test_hooks import n_hooks, write_vector
 from tests.train.test_trainer import trained
 from train import trainer as loop
+from train.adapters import adapter
 from train.cli import main
 from train.data import MixRow, encode_mix, load_mix
 from train.defenses import Defense, ordered, parse
@@ -158,7 +159,7 @@ def test_no_hook_is_left_when_a_step_fails(loaded: Loaded, place: Place, recipe:
     before = n_hooks(loaded.model)
     rows = encode_mix(loaded.tokenizer, load_mix(MixManifest.read(place.mix), place.mix.parent), 120).rows
     defenses = [Persona(str(place.vector)), Interrupted(after_calls=2)]
-    with loop.adapter(loaded, recipe()) as model:
+    with adapter(loaded, recipe()) as model:
         with pytest.raises(KeyboardInterrupt):
             loop.train(loop.MixTrainer(model, rows, recipe(), tmp_path, defenses), "test", None)
         assert n_hooks(model) == before

@@ -18,11 +18,14 @@ from curate.core.example import Example, Message
 from curate.core.model import Loaded, load
 from curate.core.pack import Packed
 from tests.fakes import tiny_rows
+from train import objective
 from train import trainer as loop
+from train.adapters import adapter
+from train.batches import collate, schedule
 from train.data import MixRow
 from train.defenses import Defense
 from train.recipe import Recipe
-from train.trainer import MixTrainer, Step, adapter, collate, lr_factor, schedule, train
+from train.trainer import MixTrainer, Step, finish, lr_factor, train
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -42,6 +45,7 @@ def trained(loaded: Loaded, rows: Sequence[Encoded], recipe: Recipe, folder: Pat
     """Train and return the steps and the adapter's weights."""
     with adapter(loaded, recipe) as model:
         steps = train(MixTrainer(model, rows, recipe, folder, defenses), "test", None)
+        finish(model, defenses)
         return steps, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -77,7 +81,7 @@ def test_the_first_loss_and_its_gradient_are_those_of_plain_passes_in_float64(
         expected = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
     with begun(loaded) as model:
         one = MixTrainer(model, rows, recipe(batch_size=11), tmp_path)
-        loss = one.compute_loss(model, collate(rows, 64), num_items_in_batch=n)
+        loss = one.compute_loss(one.objective, collate(rows, 64), num_items_in_batch=n)
         loss.backward()
         assert loss.item() == pytest.approx(total.item() / n, rel=1e-6)
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -175,7 +179,7 @@ def test_running_out_of_memory_says_what_to_change(loaded: Loaded, rows: list[En
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(loop, "hidden_states", full)
+    monkeypatch.setattr(objective, "hidden_states", full)
     with pytest.raises(UserError, match="Out of memory") as caught:
         trained(loaded, rows, recipe(), tmp_path)
     assert caught.value.exit_code == Exit.ENVIRONMENT
