@@ -173,8 +173,8 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(mix: Path, recipe: Ma
     out = tmp_path / "run"
     wanted = recipe(defenses=("kl",), batch_size=2, epochs=25, save_every=4)
     command = ["run", "--base", wanted.base, "--mix", str(mix), "--out", str(out), "--epochs", "25",
-               "--batch-size", "2", "--save-every", "4", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120", "--pack-tokens", "64",
-               "--dtype", "float32", "--device", "cpu", "--defense", "kl"]
+               "--batch-size", "2", "--save-every", "4", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120",
+               "--pack-tokens", "64", "--dtype", "float32", "--device", "cpu", "--defense", "kl"]
     child = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "docs/accelerate-fsdp.yaml"),
          "--num_processes", "2", "--main_process_port", "0", "-m", "train", *command],

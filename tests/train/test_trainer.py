@@ -21,11 +21,14 @@ from tests.fakes import tiny_rows
 from train import objective
 from train import trainer as loop
 from train.adapters import adapter
-from train.batches import collate, schedule
+from train.batches import Shares, collate, schedule
 from train.data import MixRow
 from train.defenses import Defense
+from train.defenses.kl import Kl
+from train.defenses.ldifs import Ldifs
 from train.recipe import Recipe
 from train.trainer import MixTrainer, Step, finish, lr_factor, train
+from train.world import World
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -157,6 +160,28 @@ def test_schedule_counts_every_token(rows: list[Encoded], recipe: MakeRecipe) ->
     assert steps.upto(steps.targets, 9) == 3 * sum(row.n_answer_tokens + 1 for row in rows)
     assert steps.upto(steps.tokens, 4) == sum(steps.tokens) + steps.tokens[0]
     assert schedule(rows, recipe(limit_steps=2)).n_steps == 2
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 11, 12, 13])
+def test_processes_share_the_passes_of_one(recipe: MakeRecipe, n_rows: int) -> None:
+    size, together = 2, 3
+    knobs = recipe(batch_size=size, accumulation=2 * together)
+    alone = list(Shares(n_rows, knobs, World()))
+    assert [index for part in alone for index in part] == list(range(n_rows)) and all(alone)
+    shares = [Shares(n_rows, knobs, World(rank, together)) for rank in range(together)]
+    assert {len(list(share)) for share in shares} == {len(share) for share in shares} == {math.ceil(len(alone) / 3)}
+    passes = [part for turn in zip(*shares, strict=True) for part in turn]
+    assert [part for part in passes if part] == alone and len(list(Shares(n_rows, knobs, World()))) == len(alone)
+
+
+def test_a_pass_without_rows_adds_nothing(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe,
+                                          tmp_path: Path) -> None:
+    add = [Kl(), Ldifs(every=1)]
+    with adapter(loaded, recipe()) as model:
+        one = MixTrainer(model, rows, recipe(), tmp_path, add)
+        assert one.training_step(one.objective, one.data_collator([]), 5).item() == 0
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(found) == 28 and all(grad is not None and not grad.any() for grad in found.values())
 
 
 def test_steps_are_recorded(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe, tmp_path: Path) -> None:
