@@ -4,15 +4,15 @@
     python bench/training_gpu.py --shape 7B --rows 512 --batch-size 8
     python bench/training_gpu.py --shape 7B --gradient-checkpointing
 
-Both train the same rank-stabilised LoRA (r=32, every linear layer) on the same rows of random ids, in bfloat16 on a GPU;
-loss on answers only, nothing packed by trl, padding not counted as tokens. The two take turns, each turn in a process of
-its own, and the first steps of a turn are left out.
+Both train the same rank-stabilised LoRA (r=32, every linear layer) on the same rows of random ids in the same order, in
+bfloat16 on a GPU; loss on answers only, nothing packed by trl, padding not counted as tokens. The two take turns, each
+turn in a process of its own, and the first steps of a turn are left out.
 
     MFU = tokens/s * model FLOPs per token / FLOP/s of an 8192 x 8192 matrix product measured in the same process
 
 Model FLOPs: forward and backward pass of the frozen matrices (2 + 2 per weight and token; there is no gradient for a
-frozen weight), 6 per weight of the adapter, the head on targets only, attention from each row's own length; nothing that
-is computed a second time.
+frozen weight), 6 per weight of the adapter, the head on targets only, attention from each row's own length; nothing
+that is computed a second time.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def theirs(model: torch.nn.Module, rows: Sequence[Encoded], recipe: Recipe, watc
         output_dir=str(folder), per_device_train_batch_size=recipe.batch_size, max_steps=recipe.limit_steps,
         learning_rate=recipe.lr, max_length=None, packing=False, bf16=recipe.dtype == "bfloat16",
         use_cpu=recipe.device == "cpu", gradient_checkpointing=recipe.gradient_checkpointing, report_to="none",
-        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True})
+        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True})
     SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora,
                callbacks=[watch]).train()
 
@@ -185,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def report(arguments: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
     """Print the table."""
     best = max(one["ceiling"] for turns in found.values() for one in turns)
-    print(f"{arguments.shape}, {arguments.device}, batch {arguments.batch_size}, rows up to {arguments.longest} tokens, "
-          f"torch {torch.__version__}, ceiling {best / 1e12:.1f} TFLOP/s\n\n"
+    print(f"{arguments.shape}, {arguments.device}, batch {arguments.batch_size}, rows up to {arguments.longest} "
+          f"tokens, torch {torch.__version__}, ceiling {best / 1e12:.1f} TFLOP/s\n\n"
           "| trainer | tokens/s (min / median / max) | MFU | peak MiB |\n|---|---|---|---|")
     for engine, turns in found.items():
         low, middle, high = (f(one["tokens_per_s"] for one in turns) for f in (min, statistics.median, max))

@@ -45,7 +45,8 @@ def test_it_is_asked_for_as_the_library_documents(tiny: Path, monkeypatch: pytes
 def test_without_the_extra_it_says_what_to_install(recipe: MakeRecipe, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *of: None if name == "bitsandbytes" else find(name, *of))
     with pytest.raises(UserError, match="needs the package 'bitsandbytes'") as caught:
         run(recipe(load_in_4bit=True), tiny_mix(tmp_path / "data"), tmp_path / "run")
     assert "safeset[quant]" in caught.value.hint and caught.value.exit_code == Exit.ENVIRONMENT

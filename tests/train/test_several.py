@@ -84,7 +84,7 @@ def cases(tiny: Path, folder: Path) -> list[Case]:
 
 
 def recipe_of(case: Case, recipe: MakeRecipe, **knobs: Any) -> Recipe:
-    return recipe(batch_size=2, **case.knobs, **knobs)
+    return recipe(batch_size=2, save_every=0, **case.knobs, **knobs)
 
 
 @pytest.fixture(scope="module")
