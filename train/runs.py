@@ -54,8 +54,8 @@ class Base:
         quiet_libraries()
         self.ref = recipe.base
         self.device = pick_device(recipe.device)
-        self.dtype = pick_dtype(recipe.dtype, self.device)
         self.world = join(self.device, recipe.shard)
+        self.dtype = pick_dtype(recipe.dtype, self.device)
         self.in_4bit = recipe.load_in_4bit
         if self.in_4bit and self.world.shards:
             raise UserError("A base in 4 bits cannot be split over processes.", "Leave out --load-in-4bit, or --shard "
@@ -107,11 +107,11 @@ def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
     where training fails. Of several processes, the first does all that concerns the folder.
     """
     job = replace(job, recipe=replace(job.recipe, dtype=base.dtype, device=base.device))
-    identity, tokenizer = base.known
+    identity, _ = base.known
     with ExitStack() as stack:
         records, card = base.world.once(lambda: _opened(job, identity, overwrite, stack))
         if card is None:
-            card = _trained(job, base, encode_mix(tokenizer, job.rows, job.recipe.max_tokens), records)
+            card = _trained(job, base, records)
         base.world.once(lambda: _remove(job.out, (STARTED, CHECKPOINTS)))
     return card
 
@@ -151,7 +151,8 @@ def _started(out: Path) -> dict[str, Any]:
                         Exit.INTEGRITY) from None
 
 
-def _trained(job: Job, base: Base, mix: EncodedMix, records: tuple[DefenseRecord, ...]) -> RunCard:
+def _trained(job: Job, base: Base, records: tuple[DefenseRecord, ...]) -> RunCard:
+    mix = encode_mix(base.known[1], job.rows, job.recipe.max_tokens)
     left_out = {status: n for status, n in mix.statuses.items() if status != "ok"}
     if left_out:
         say(f"{job.name}: not trained on: " + ", ".join(f"{n} rows {status}" for status, n in left_out.items()))
@@ -173,11 +174,11 @@ def _finish(job: Job, base: Base, model: PeftModel) -> None:
     """Let the defences change the trained adapter, and put it into the run's folder."""
     if all(type(defense).after is Defense.after for defense in job.defenses):
         finish(model, ())
-        _save_adapter(model, job.out)
+        write_adapter(model, job.out)
         return
     with base.whole(model, job.recipe) as whole:
         finish(whole, job.defenses)
-        _save_adapter(whole, job.out)
+        write_adapter(whole, job.out)
 
 
 def _written(job: Job, mix: EncodedMix, steps: Sequence[Step], card: RunCard) -> RunCard:
@@ -205,7 +206,7 @@ def _card(job: Job, base: Base, mix: EncodedMix, steps: Sequence[Step], seconds:
         versions=versions(), git=git_state())
 
 
-def _save_adapter(model: PeftModel, out: Path) -> None:
+def write_adapter(model: PeftModel, out: Path) -> None:
     """Put the adapter into ``out/adapter``, whole or not at all."""
     _remove(out, (ADAPTER, f".{ADAPTER}.tmp"))
     temporary = out / f".{ADAPTER}.tmp"

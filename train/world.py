@@ -92,9 +92,9 @@ def join(device: str, shard: bool = False) -> World:
     On GPUs each process takes the one with its local number. Raises ``UserError`` for settings of accelerate's that
     cannot be followed.
     """
+    shards = asked_to_shard() or shard
     if processes.count() == 1:
         return World()
-    shards = asked_to_shard() or shard
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from curate.core.documents import RunCard
@@ -30,6 +31,7 @@ from tests.conftest import ROOT
 from tests.fakes import tiny_mix, tiny_model
 from tests.train.test_hooks import write_vector
 from train import checkpoints, world
+from train.cli import main
 from train.jobs import prepare
 from train.recipe import Recipe
 from train.runs import run
@@ -192,6 +194,18 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(mix: Path, recipe: Ma
     run(recipe(defenses=("kl",), batch_size=2, accumulation=2, epochs=25, save_every=4), mix, out)
     assert "going on from checkpoint-" in capsys.readouterr().err
     assert RunCard.read(out / "run.json").n_steps == 100
+
+
+def test_the_others_are_silent_but_for_their_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = {}
+    for rank in ("0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        found[rank] = [CliRunner().invoke(main, command) for command in (["show", str(tmp_path)], ["--version"])]
+    assert [result.exit_code for result in found["0"]] == [result.exit_code for result in found["2"]] == [2, 0]
+    assert found["0"][0].stderr.startswith("Error: There is no safeset.run at")
+    assert found["2"][0].stderr.startswith("[process 2 of 3] Error: There is no safeset.run at")
+    assert "version" in found["0"][1].stdout and found["2"][1].stdout == ""
 
 
 def test_several_processes_are_one_that_accumulates(mix: Path, recipe: MakeRecipe, tmp_path: Path,
