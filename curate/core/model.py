@@ -130,6 +130,7 @@ def load_weights(ref: str, dtype: str, device: str, in_4bit: bool = False) -> Pr
             f"the weights of {min(info['missing_keys'])} are missing." if info["missing_keys"] else ALSO_ADAPTER),
             "Save the model again, or give base and adapter apart.", Exit.INTEGRITY)
     if in_4bit:
+        _keep_gradients(model)
         return model.eval()
     model.to(device).eval()
     if dtype == "bfloat16" and device == "cpu" and not _multiplies_bfloat16():
@@ -145,6 +146,17 @@ def _in_4bit(dtype: torch.dtype, device: str) -> dict[str, Any]:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                 bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config, "device_map": {"": _index(device)}}
+
+
+def _keep_gradients(model: torch.nn.Module) -> None:
+    """Switch off that bitsandbytes repacks weights in passes without gradients, on CPUs that have bfloat16 products.
+
+    Its product with repacked weights has no gradient, and stays in use afterwards: training would go on without those
+    of all layers below, and say nothing.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _index(device: str) -> str | int:

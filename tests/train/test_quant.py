@@ -72,6 +72,7 @@ def test_defences_train_on_it(tmp_path: Path, recipe: MakeRecipe, capsys: pytest
     quantised = recipe(base=str(base), load_in_4bit=True, defenses=defenses, epochs=2)
     linear = [m for m in Base(quantised).loaded.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(linear) == 14  # seven in each of two blocks; not the head
+    assert not any(layer.support_avx512bf16_for_cpu for layer in linear)
     card = run(quantised, mix, tmp_path / "four")
     assert "safelora: projected 5 of 14 layers" in capsys.readouterr().err
     whole = run(recipe(base=str(base), defenses=defenses, epochs=2), mix, tmp_path / "whole")
