@@ -31,13 +31,15 @@ from curate.core.chat import Encoded
 from curate.core.files import canonical_json
 from curate.core.model import Loaded, load
 from curate.core.sources import builtin, file_source, read_source
+from train.adapters import adapter
+from train.batches import collate
 from train.data import MixRow, encode_mix
 from train.defenses import Defense, parse
 from train.defenses.persona import FORMAT, PROVENANCE, TENSOR
 from train.defenses.safelora import SafeLora
 from train.hooks import layers
 from train.recipe import Recipe
-from train.trainer import MixTrainer, adapter, collate
+from train.trainer import MixTrainer
 
 TARGETS = {"interleaving": 1.05, "inoculation": 1.05, "persona": 1.10, "kl": 1.5, "ldifs": 1.5}
 VARIANTS = ("plain", *TARGETS, "kl + ldifs")
@@ -88,7 +90,7 @@ class Stepper:
     """Takes optimiser steps of one variant with the trainer's own code, on an adapter that all variants share."""
 
     def __init__(self, model: torch.nn.Module, one: Variant, recipe: Recipe, folder: Path) -> None:
-        self.model, self.recipe = model, recipe
+        self.recipe = recipe
         self.trainer = MixTrainer(model, one.rows, recipe, folder, one.defenses)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr)
 
@@ -97,7 +99,7 @@ class Stepper:
         start = time.perf_counter()
         for k in range(0, len(rows), self.recipe.batch_size):
             batch = collate(rows[k:k + self.recipe.batch_size], self.recipe.pack_tokens)
-            self.trainer.training_step(self.model, batch, len(batch["packed"].targets))
+            self.trainer.training_step(self.trainer.objective, batch, len(batch["packed"].targets))
             self.optimizer.step()
             self.optimizer.zero_grad()
         if torch.cuda.is_available():

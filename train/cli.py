@@ -226,6 +226,8 @@ def list_(as_json: bool) -> None:
         click.echo(f"#\n# {name}: {_first_line(kind)} ({kind.PAPER})")
         for key, knob in _knobs(kind).items():
             click.echo(f"#     {key}={_shown(knob['default'])}  {knob['about']}")
+    click.echo("#\n# interleaving, +, ++: safe rows in the mix, from `curate select --strategy`; goes with all of them "
+               "(arXiv 2508.06249)")
 
 
 def _knobs(kind: type) -> dict[str, dict[str, Any]]:

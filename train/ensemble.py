@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from curate.core.documents import EnsembleSpec, MemberRef, MixManifest
 from curate.core.errors import UserError
+from curate.core.model import pick_device
 from curate.core.sources import Source
 from curate.core.terminal import say
 from train.jobs import narrow_mix, prepare
 from train.recipe import Recipe
 from train.runs import CARD, run_jobs
+from train.world import join
 
 MIX, SPEC = "mix.json", "ensemble.json"
 
@@ -24,16 +27,17 @@ def train_ensemble(recipe: Recipe, narrow: Mapping[str, Source], out: Path, root
     checked before the first is trained; ``UserError`` where a member's folder was made from other rows.
     """
     manifests = {name: narrow_mix(source, root, recipe.seed) for name, source in narrow.items()}
+    world = join(pick_device(recipe.device), recipe.shard)
     jobs = []
     for name, manifest in manifests.items():
-        _put_mix(out / name / MIX, manifest, overwrite)
+        world.once(partial(_put_mix, out / name / MIX, manifest, overwrite))
         jobs.append(prepare(recipe, out / name / MIX, out / name, root))
         if dropped := manifest.counts["finetune_duplicates"]:
             say(f"{name}: {dropped} exact duplicates dropped, {len(manifest.order)} rows left.")
     members = tuple(MemberRef(name=name, run=f"{name}/{CARD}", digest=card.digest)
                     for name, card in zip(narrow, run_jobs(jobs, overwrite), strict=True))
     spec = EnsembleSpec(base=recipe.base, members=members)
-    spec.write(out / SPEC)
+    world.once(lambda: spec.write(out / SPEC))
     return spec
 
 

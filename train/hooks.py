@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from curate.core.errors import Exit, UserError
-from curate.core.nll import body, causal_lm
+from curate.core.nll import body, causal_lm, hidden_states
+from curate.core.pack import Packed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -119,6 +121,45 @@ def reference(model: PeftModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@dataclass
+class Reference:
+    """The passes without the adapter: one for each micro batch, for all defences that compare with it."""
+
+    _states: set[int] = field(default_factory=set)
+    _open: int = 0
+    _found: tuple[Packed, torch.Tensor, dict[int, torch.Tensor]] | None = None
+
+    @contextmanager
+    def during(self, states: Sequence[int] = ()) -> Iterator[None]:
+        """Keep what the pass finds until the end of the block, hidden states ``states`` too."""
+        self._states |= set(states)
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._states, self._found = set(), None
+
+    def __call__(self, model: PeftModel, batch: Packed) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Return what predicts the N targets of ``batch``: last hidden states [N, H], and each wanted state [N, H]."""
+        found = self._found
+        if found is None or found[0] is not batch:
+            with reference(model), capture(model, sorted(self._states)) as states:
+                last = hidden_states(model, batch)
+            found = (batch, last, {state: h.flatten(0, 1)[batch.rows] for state, h in states.items()})
+        self._found = found if self._open else None
+        return found[1:]
+
+
+def share_reference(defenses: Sequence[object]) -> None:
+    """Let all ``defenses`` that have a ``Reference`` have the same one."""
+    shared = Reference()
+    for defense in defenses:
+        if hasattr(defense, "reference"):
+            defense.reference = shared
 
 
 def _before(edit: Edit) -> Callable[..., Any]:

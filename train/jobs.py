@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.core import processes
 from curate.core.documents import DefenseRecord, Method, MixManifest, ModelIdentity
 from curate.core.errors import UserError, unknown
 from curate.core.model import SMOLLM2
@@ -55,9 +55,12 @@ def claimed(mix: str, base: str, recipe: Mapping[str, Any], records: Sequence[De
 
 
 def prepare(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = None) -> Job:
-    """Check a run's manifest, rows and defences; paths in the manifest are relative to ``root``, or to its folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("Training runs in one process, on one device.", "Start it without torchrun.")
+    """Check a run's manifest, rows and defences; paths in the manifest are relative to ``root``, or to its folder.
+
+    Of several processes each is given the recipe's batches, so the run is that of one process which accumulates as
+    many times more; as such it is written down.
+    """
+    recipe = replace(recipe, accumulation=recipe.accumulation * processes.count())
     manifest = MixManifest.read(manifest_path)
     rows: Sequence[MixRow] = load_mix(manifest, root if root is not None else manifest_path.parent)
     recipe, defenses = _with_defenses(recipe) if recipe.defenses else (recipe, ())

@@ -30,8 +30,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 KINDS = {tuple: "a list of texts", bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
-SAME_RESULT = ("device", "save_every", "gradient_checkpointing")
+SAME_RESULT = ("device", "save_every", "gradient_checkpointing", "shard")
 """Knobs that do not decide what is learnt: two recipes that differ only here describe the same run."""
+
+LATER: Mapping[str, Any] = {"load_in_4bit": False}
+"""Knobs that came later, and what runs without them did."""
 
 
 def _knob(default: Any, about: str) -> Any:
@@ -53,8 +56,8 @@ class Recipe:
     target_modules: str = _knob("all-linear", "Layers with an adapter: all-linear, or names like q_proj,v_proj.")
     lr: float = _knob(1e-4, "Highest learning rate (the paper's).")
     epochs: int = _knob(1, "Passes over the mix, each in the manifest's order.")
-    batch_size: int = _knob(8, "Rows in one forward and backward pass.")
-    accumulation: int = _knob(1, "Passes per optimiser step; the loss is per token over all of them.")
+    batch_size: int = _knob(8, "Rows in one forward and backward pass of one process.")
+    accumulation: int = _knob(1, "Passes of each process per optimiser step; the loss is per token over all of them.")
     warmup_frac: float = _knob(0.05, "Share of the steps in which the learning rate rises.")
     schedule: str = _knob("linear", "Learning rate after the warm-up.")
     weight_decay: float = _knob(0.01, "AdamW's weight decay.")
@@ -67,6 +70,8 @@ class Recipe:
     save_every: int = _knob(50, "Steps between checkpoints; 0 keeps none, so an interrupted run starts again.")
     limit_steps: int = _knob(0, "Stop after so many steps, the schedule shortened to them; 0 does not.")
     gradient_checkpointing: bool = _knob(False, "Compute activations twice to save memory.")
+    shard: bool = _knob(False, "With several processes, split the base over them (FSDP); the same result.")
+    load_in_4bit: bool = _knob(False, "Keep the base in 4 bits (NF4; needs the extra quant); the adapter is float32.")
     defenses: tuple[str, ...] = _knob((), "Training-time defences, NAME[:KEY=VALUE,...].")
 
     def __post_init__(self) -> None:
@@ -102,8 +107,9 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def learnt(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the knobs that decide what is learnt (all but ``SAME_RESULT``)."""
-    return {name: value for name, value in values.items() if name not in SAME_RESULT}
+    """Return the knobs that decide what is learnt (all but ``SAME_RESULT``, and ``LATER`` ones in use)."""
+    return {name: value for name, value in values.items()
+            if name not in SAME_RESULT and not (name in LATER and value == LATER[name])}
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:

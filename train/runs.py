@@ -15,11 +15,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from curate.core.documents import DefenseRecord, ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
@@ -29,14 +31,16 @@ from curate.core.nll import TOLERANCE_NATS, check_forward
 from curate.core.provenance import git_state, versions
 from curate.core.terminal import quiet_libraries, say
 from train import checkpoints
+from train.adapters import adapter, save_adapter
 from train.curve import loss_png, losses_csv
 from train.data import EncodedMix, encode_mix
+from train.defenses.moments import Defense
 from train.jobs import Job, claimed, prepare
 from train.recipe import Recipe
-from train.trainer import MixTrainer, Step, adapter, save_adapter, train
+from train.trainer import MixTrainer, Step, finish, train
+from train.world import join
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 CARD, STARTED, ADAPTER, CHECKPOINTS = "run.json", "started.json", "adapter", "checkpoints"
@@ -46,11 +50,16 @@ OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", "mix.json
 class Base:
     """The base model of one or more runs: found out about and loaded when first needed, then shared."""
 
-    def __init__(self, ref: str, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(self, recipe: Recipe) -> None:
         quiet_libraries()
-        self.ref = ref
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
+        self.ref = recipe.base
+        self.device = pick_device(recipe.device)
+        self.world = join(self.device, recipe.shard)
+        self.dtype = pick_dtype(recipe.dtype, self.device)
+        self.in_4bit = recipe.load_in_4bit
+        if self.in_4bit and self.world.shards:
+            raise UserError("A base in 4 bits cannot be split over processes.", "Leave out --load-in-4bit, or --shard "
+                            "(with accelerate: launch without FSDP).")
 
     @cached_property
     def known(self) -> tuple[ModelIdentity, PreTrainedTokenizerBase]:
@@ -59,8 +68,23 @@ class Base:
 
     @cached_property
     def loaded(self) -> Loaded:
-        """The model itself."""
-        return load(self.ref, self.dtype, self.device)
+        """The model itself; where it will be split over processes, in main memory."""
+        return load(self.ref, self.dtype, "cpu" if self.world.shards else self.device, self.in_4bit)
+
+    @contextmanager
+    def whole(self, model: PeftModel, recipe: Recipe) -> Iterator[PeftModel]:
+        """Give a trained model with all weights of the base as they are on disk: loaded anew where it has others."""
+        if not (self.world.shards or self.in_4bit):
+            yield model
+            return
+        with adapter(load(self.ref, self.dtype, "cpu"), recipe) as again:
+            set_peft_model_state_dict(again, get_peft_model_state_dict(model, save_embedding_layers=False))
+            yield again
+
+    def let_go(self) -> None:
+        """Forget the model where it was split, so that the next run loads it anew."""
+        if self.world.shards:
+            vars(self).pop("loaded", None)
 
 
 def run(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = None, overwrite: bool = False) -> RunCard:
@@ -70,9 +94,9 @@ def run(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = None
 
 def run_jobs(jobs: Sequence[Job], overwrite: bool = False) -> list[RunCard]:
     """Train jobs of one base, device and dtype one after the other and return their cards; the base is loaded once."""
-    recipe = jobs[0].recipe
-    base = Base(recipe.base, recipe.dtype, recipe.device)
-    return [run_job(job, base, overwrite) for job in jobs]
+    base = Base(jobs[0].recipe)
+    with base.world.together():
+        return [run_job(job, base, overwrite) for job in jobs]
 
 
 def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
@@ -80,20 +104,27 @@ def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
 
     A finished run is not trained again; an interrupted one goes on from its last complete checkpoint. Raises
     ``UserError`` where the folder holds another run (unless ``overwrite``), where a second process trains in it, or
-    where training fails.
+    where training fails. Of several processes, the first does all that concerns the folder.
     """
     job = replace(job, recipe=replace(job.recipe, dtype=base.dtype, device=base.device))
-    identity, tokenizer = base.known
-    job.out.mkdir(parents=True, exist_ok=True)
-    with _locked(job.out):
-        if overwrite:
-            _remove(job.out, OURS)
-        records = job.records(identity)
-        card = _finished(job, identity, records)
+    identity, _ = base.known
+    with ExitStack() as stack:
+        records, card = base.world.once(lambda: _opened(job, identity, overwrite, stack))
         if card is None:
-            card = _trained(job, base, encode_mix(tokenizer, job.rows, job.recipe.max_tokens), records)
-        _remove(job.out, (STARTED, CHECKPOINTS))
+            card = _trained(job, base, records)
+        base.world.once(lambda: _remove(job.out, (STARTED, CHECKPOINTS)))
     return card
+
+
+def _opened(job: Job, base: ModelIdentity, overwrite: bool,
+            stack: ExitStack) -> tuple[tuple[DefenseRecord, ...], RunCard | None]:
+    """Lock the run's folder until ``stack`` closes; return the defences' records and, if it is finished, its card."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(_locked(job.out))
+    if overwrite:
+        _remove(job.out, OURS)
+    records = job.records(base)
+    return records, _finished(job, base, records)
 
 
 def _finished(job: Job, base: ModelIdentity, records: Sequence[DefenseRecord]) -> RunCard | None:
@@ -120,24 +151,42 @@ def _started(out: Path) -> dict[str, Any]:
                         Exit.INTEGRITY) from None
 
 
-def _trained(job: Job, base: Base, mix: EncodedMix, records: tuple[DefenseRecord, ...]) -> RunCard:
+def _trained(job: Job, base: Base, records: tuple[DefenseRecord, ...]) -> RunCard:
+    mix = encode_mix(base.known[1], job.rows, job.recipe.max_tokens)
     left_out = {status: n for status, n in mix.statuses.items() if status != "ok"}
     if left_out:
         say(f"{job.name}: not trained on: " + ", ".join(f"{n} rows {status}" for status, n in left_out.items()))
-    found = checkpoints.newest(job.out / CHECKPOINTS)
+    found = base.world.once(lambda: checkpoints.newest(job.out / CHECKPOINTS))
     if found:
         say(f"{job.name}: going on from {found[0].name}.")
     shortest = sorted(mix.rows, key=lambda row: len(row.ids))[:3]
     check_forward(base.loaded.model, shortest, TOLERANCE_NATS[base.dtype])
     with adapter(base.loaded, job.recipe) as model:
-        trainer = MixTrainer(model, mix.rows, job.recipe, job.out / CHECKPOINTS, job.defenses)
+        trainer = MixTrainer(model, mix.rows, job.recipe, job.out / CHECKPOINTS, job.defenses, base.world)
         steps = train(trainer, f"train {job.name}", found)
-        _save_adapter(model, job.out)
+        base.world.once(lambda: _finish(job, base, model))
+    base.let_go()
+    seconds = trainer.seconds()
+    return base.world.once(lambda: _written(job, mix, steps, _card(job, base, mix, steps, seconds, records)))
+
+
+def _finish(job: Job, base: Base, model: PeftModel) -> None:
+    """Let the defences change the trained adapter, and put it into the run's folder."""
+    if all(type(defense).after is Defense.after for defense in job.defenses):
+        finish(model, ())
+        write_adapter(model, job.out)
+        return
+    with base.whole(model, job.recipe) as whole:
+        finish(whole, job.defenses)
+        write_adapter(whole, job.out)
+
+
+def _written(job: Job, mix: EncodedMix, steps: Sequence[Step], card: RunCard) -> RunCard:
+    """Write the run's results, the card last, and return it."""
     write_atomic(job.out / "losses.csv", losses_csv(steps))
     title = f"{job.name}: {mix.n_finetune} fine-tuning + {mix.n_safe} safe rows"
     write_atomic(job.out / "loss.png", loss_png(steps, title))
     job.manifest.write(job.out / "mix.json")
-    card = _card(job, base, mix, steps, trainer.seconds(), records)
     card.write(job.out / CARD)
     return card
 
@@ -152,11 +201,12 @@ def _card(job: Job, base: Base, mix: EncodedMix, steps: Sequence[Step], seconds:
         recipe=job.recipe.as_json(), defenses=records, mix=job.manifest.digest, method=job.manifest.method,
         n_finetune=mix.n_finetune, n_safe=mix.n_safe, statuses=mix.statuses, n_steps=len(steps),
         n_trained_tokens=steps[-1].tokens, loss_first_nats=steps[0].loss_nats,
-        loss_last_nats=sum(s.loss_nats for s in last) / len(last), seconds=round(seconds, 1), device=base.device,
+        loss_last_nats=sum(s.loss_nats for s in last) / len(last), seconds=round(seconds, 1),
+        device=base.device + (f" x {base.world.size}" if base.world.size > 1 else ""),
         versions=versions(), git=git_state())
 
 
-def _save_adapter(model: PeftModel, out: Path) -> None:
+def write_adapter(model: PeftModel, out: Path) -> None:
     """Put the adapter into ``out/adapter``, whole or not at all."""
     _remove(out, (ADAPTER, f".{ADAPTER}.tmp"))
     temporary = out / f".{ADAPTER}.tmp"

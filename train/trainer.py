@@ -2,41 +2,39 @@
 
 loss of a step = sum over its target tokens of (NLL + penalties) / number of its target tokens
 
-where a step is ``accumulation`` micro batches and a target is a token of an answer or its end of turn. So how rows are
-cut into micro batches changes nothing but rounding.
+where a step is ``accumulation`` micro batches, in one process or shared by several, and a target is a token of an
+answer or its end of turn. So how rows are cut into micro batches and processes changes nothing but rounding.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
-from curate.core.model import Loaded
-from curate.core.nll import HEAD_ROWS, causal_lm, head, hidden_states, is_out_of_memory, rows_nll
-from curate.core.pack import Packed, pack, plan
+from curate.core.nll import is_out_of_memory
 from curate.core.terminal import progress
 from train import checkpoints
-from train.defenses.moments import Defense, RowPenalty
+from train.adapters import save_adapter
+from train.batches import Batch, Shares, collate, schedule, without_targets
+from train.defenses.moments import Defense
+from train.objective import Objective, in_parallel
 from train.recipe import Recipe
+from train.world import World
 
 KEPT_CHECKPOINTS = 2
-Batch = dict[str, Packed]
 
 
 @dataclass(frozen=True)
@@ -48,32 +46,6 @@ class Step:
     loss_nats: float
     penalty_nats: float
     lr: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps a run takes, and how many tokens each step of an epoch works through."""
-
-    n_steps: int
-    tokens: tuple[int, ...]
-    """All tokens, prompts included, per step of one epoch."""
-    targets: tuple[int, ...]
-    """Target tokens per step of one epoch."""
-
-    def upto(self, per_step: Sequence[int], step: int) -> int:
-        """Return the sum of ``per_step`` over the first ``step`` steps."""
-        epochs, rest = divmod(step, len(per_step))
-        return epochs * sum(per_step) + sum(per_step[:rest])
-
-
-def schedule(rows: Sequence[Encoded], recipe: Recipe) -> Schedule:
-    """Return the steps of a run over ``rows``; the last step of an epoch may be smaller."""
-    size = recipe.batch_size * recipe.accumulation
-    steps = [rows[k:k + size] for k in range(0, len(rows), size)]
-    n_steps = len(steps) * recipe.epochs
-    return Schedule(min(n_steps, recipe.limit_steps or n_steps),
-                    tuple(sum(len(row.ids) for row in step) for step in steps),
-                    tuple(sum(len(row.ids) - row.answer_start for row in step) for step in steps))
 
 
 def lr_factor(step: int, n_steps: int, recipe: Recipe) -> float:
@@ -89,57 +61,40 @@ def lr_factor(step: int, n_steps: int, recipe: Recipe) -> float:
     return {"constant": 1.0, "linear": rest, "cosine": (1 - math.cos(math.pi * rest)) / 2}[recipe.schedule]
 
 
-def collate(rows: Sequence[Encoded], capacity: int) -> Batch:
-    """Return one micro batch, packed; what all its rows begin with is in it once per sequence.
-
-    Of the layouts with sequences of up to about ``capacity`` tokens, it is the one with the fewest positions, padding
-    included.
-    """
-    layouts = [pack(rows, plan(rows, size)) for size in range(capacity // 2, capacity + 1, max(1, capacity // 16))]
-    return {"packed": min(layouts, key=lambda layout: layout.input_ids.numel())}
-
-
-def head_losses(project: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor,
-                penalties: Sequence[RowPenalty]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums over N targets of NLL and ``penalties``, from ``project(hidden)`` [N, V] in pieces.
-
-    As in ``rows_nll``, a piece's logits are computed again in the backward pass instead of being kept.
-    """
-    if not penalties:
-        nll = rows_nll(project, hidden, targets).sum()
-        return nll, torch.zeros_like(nll)
-
-    def piece(h: torch.Tensor, rows: slice) -> torch.Tensor:
-        log_p = project(h).float().log_softmax(-1)
-        nll = torch.nn.functional.nll_loss(log_p, targets[rows], reduction="sum")
-        return torch.stack([nll, torch.stack([add(log_p, rows) for add in penalties]).sum()])
-
-    pieces = [slice(start, start + HEAD_ROWS) for start in range(0, len(targets), HEAD_ROWS)]
-    nll, penalty = torch.stack([checkpoint(piece, hidden[rows], rows, use_reentrant=False) for rows in pieces]).sum(0)
-    return nll, penalty
-
-
 class MixTrainer(Trainer):
     """A ``transformers.Trainer`` over packed rows, in their order, that calls the moments of defences."""
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: PeftModel, rows: Sequence[Encoded], recipe: Recipe, folder: Path,
-                 defenses: Sequence[Defense] = ()) -> None:
+                 defenses: Sequence[Defense] = (), world: World = World()) -> None:
         self.plan = schedule(rows, recipe)
-        super().__init__(model=model, args=_arguments(recipe, folder, self.plan.n_steps), train_dataset=list(rows),
-                         data_collator=partial(collate, capacity=recipe.pack_tokens))
+        self.recipe, self.defenses, self.world = recipe, defenses, world
+        shortest = min(rows, key=lambda row: len(row.ids))
+        super().__init__(
+            model=model, args=_arguments(recipe, folder, self.plan.n_steps, world), train_dataset=list(rows),
+            data_collator=lambda some: collate(some, recipe.pack_tokens) if some else without_targets(shortest))
         self.model_accepts_loss_kwargs = True
-        self.recipe = recipe
         self.remove_callback(PrinterCallback)
-        self.defenses = defenses
+        self.objective = Objective(model, defenses)
         self.on_step: Callable[[Step], None] = lambda step: None
         self.seconds_before = 0.0
         self._started = time.monotonic()
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        if world.rank:
+            torch.manual_seed(recipe.seed + world.rank)
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler[int]:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+    def get_train_dataloader(self) -> DataLoader:
+        """Return this process's micro batches."""
+        return DataLoader(self.train_dataset, batch_sampler=Shares(len(self.train_dataset), self.recipe, self.world),
+                          collate_fn=self.data_collator)
+
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        if not self.world.shards:
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        return in_parallel(self.objective, self.world, self.args.device) if model is self.model else model
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Set the learning rate by ``lr_factor``."""
@@ -150,41 +105,44 @@ class MixTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int,
                           device: torch.device) -> tuple[list[Batch], int]:
-        """Return the micro batches of one step and how many target tokens they have together."""
+        """Return this process's micro batches of one step, and how many targets the step has in all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        return batches, sum(len(batch["packed"].targets) for batch in batches)
+        n_targets = torch.tensor(sum(len(batch["packed"].targets) for batch in batches))
+        return batches, int(self.world.sum(n_targets))
 
-    def training_step(self, model: PeftModel, inputs: Batch, num_items_in_batch: int | None = None) -> torch.Tensor:
-        """Do one micro batch, with the defences' contexts open; ``UserError`` for a loss that is not finite."""
+    def training_step(self, model: torch.nn.Module, inputs: Batch,
+                      num_items_in_batch: int | None = None) -> torch.Tensor:
+        """Do one micro batch, with the defences' contexts open."""
         with ExitStack() as stack:
             for defense in self.defenses:
-                stack.enter_context(defense.around_forward(model))
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(loss.item()):
-            raise UserError(f"The loss became {loss.item()} in step {self.state.global_step + 1}; nothing was saved.",
-                            "Lower --lr, raise --warmup-frac, or use --dtype float32; a new --out, or --overwrite, "
-                            "starts again.", Exit.BAD_DATA)
-        return loss
+                stack.enter_context(defense.around_forward(self.model))
+            return super().training_step(model, inputs, num_items_in_batch)
 
-    def compute_loss(self, model: PeftModel, inputs: Batch, return_outputs: bool = False,
+    def compute_loss(self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False,
                      num_items_in_batch: int | None = None) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
-        """Return (sum of NLL + penalties) / ``num_items_in_batch``, the target tokens of the whole step."""
+        """Return (sum of NLL + penalties) / ``num_items_in_batch``, the targets of the whole step in all processes.
+
+        ``model`` is ``self.objective``, or what averages its gradients over n processes: hence the factor n.
+        """
         batch = inputs["packed"].to(self.args.device)
-        hidden = hidden_states(model, batch)
-        nll, penalty = head_losses(head(model), hidden, batch.targets, [
-            add for d in self.defenses if (add := d.row_penalty(model, batch)) is not None])
-        penalties = [p for d in self.defenses if (p := d.penalty(model, batch, hidden)) is not None]
-        penalty = torch.stack([penalty, *penalties]).sum()
+        nll, penalty = model(batch)
         n = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
-        self._sums += torch.stack([nll.detach(), penalty.detach()]).double().cpu() / n
-        loss = (nll + penalty) / n
+        self._sums += torch.stack([nll.detach(), penalty.detach()]).double() / n
+        loss = self.world.size * (nll + penalty) / n
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record a step's loss per token, without and with penalties, and tell ``on_step``."""
+        """Record a step's loss per token, without and with penalties; ``UserError`` for one that is not finite.
+
+        The loop calls this after every step, before a checkpoint is written.
+        """
         if "loss" in logs:
-            loss, penalty = self._sums.tolist()
+            loss, penalty = self.world.sum(self._sums.cpu()).tolist()
             self._sums.zero_()
+            if not math.isfinite(loss + penalty):
+                raise UserError(f"The loss became {loss + penalty} in step {self.state.global_step}; nothing was "
+                                "saved.", "Lower --lr, raise --warmup-frac, or use --dtype float32; a new --out, or "
+                                "--overwrite, starts again.", Exit.BAD_DATA)
             logs |= {"loss_nats": loss, "penalty_nats": penalty}
             self.on_step(self._step(self.state.global_step, logs))
         super().log(logs, start_time)
@@ -206,20 +164,23 @@ class MixTrainer(Trainer):
         return Step(step, self.plan.upto(self.plan.targets, step), logs["loss_nats"], logs["penalty_nats"],
                     logs["learning_rate"])
 
-    def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with checkpoints.writing(f"the checkpoint {folder}"):
             super()._save_checkpoint(model, trial)
-            checkpoints.seal(folder, self.seconds())
+            self.world.wait()
+            if self.world.first:
+                checkpoints.seal(folder, self.seconds())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_adapter(self.model, Path(output_dir or self.args.output_dir))
+        if self.world.first:
+            save_adapter(self.model, Path(output_dir or self.args.output_dir))
 
 
 def train(trainer: MixTrainer, label: str, checkpoint: tuple[Path, float] | None) -> list[Step]:
     """Train to the end, from ``checkpoint`` where there is one, with progress on the terminal; return every step.
 
-    Raises ``UserError`` where memory runs out, the loss or the adapter is not finite.
+    Raises ``UserError`` where memory runs out or the loss is not finite.
     """
     steps = trainer.plan
     before = int(checkpoint[0].name.rpartition("-")[2]) if checkpoint else 0
@@ -232,12 +193,16 @@ def train(trainer: MixTrainer, label: str, checkpoint: tuple[Path, float] | None
             trainer.on_step = lambda step: state.advance(
                 done[step.step] - done[step.step - 1], f"step {step.step}/{steps.n_steps} loss {step.loss_nats:.3f}")
             _train(trainer, str(checkpoint[0]) if checkpoint else None)
-    for defense in trainer.defenses:
-        defense.after(trainer.model)
-    if not all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad):
+    return trainer.steps()
+
+
+def finish(model: PeftModel, defenses: Sequence[Defense]) -> None:
+    """Let the defences change the trained adapter; ``UserError`` where it is not finite then."""
+    for defense in defenses:
+        defense.after(model)
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
         raise UserError("The adapter's weights are not finite; it was not saved.",
                         "Lower --lr, or use --dtype float32, with --overwrite.", Exit.BAD_DATA)
-    return trainer.steps()
 
 
 def _train(trainer: MixTrainer, checkpoint: str | None) -> None:
@@ -250,56 +215,11 @@ def _train(trainer: MixTrainer, checkpoint: str | None) -> None:
                         "--gradient-checkpointing, or lower --max-tokens.", Exit.ENVIRONMENT) from err
 
 
-@contextmanager
-def adapter(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
-    """Give the base with a fresh adapter (float32, its first values decided by the seed); take it off afterwards."""
-    set_seed(recipe.seed)
-    names = recipe.target_modules
-    config = LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
-                        use_rslora=recipe.rslora, task_type="CAUSAL_LM",
-                        target_modules=names if names == "all-linear" else names.split(","))
-    try:
-        model = get_peft_model(loaded.model, config)
-    except ValueError as err:
-        raise UserError(f"No adapter for '{names}': {str(err).strip().splitlines()[0]}",
-                        "Give --target-modules all-linear, or names of the base's layers.") from err
-    model.peft_config["default"].base_model_name_or_path = recipe.base
-    _recompute(causal_lm(model), recipe.gradient_checkpointing)
-    try:
-        yield model
-    finally:
-        _recompute(causal_lm(model), False)
-        loaded.model = model.unload().eval()
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter's two files into ``folder``: the same adapter, the same bytes.
-
-    The library's own ``save_pretrained`` adds a model card, and writes sets in an order that changes by process.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()},
-              folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = folder / "adapter_config.json"
-    model.peft_config["default"].save_pretrained(folder)
-    settings = {key: sorted(value) if key.endswith("_modules") and isinstance(value, list) else value
-                for key, value in json.loads(config.read_bytes()).items()}
-    config.write_text(json.dumps(settings | {"inference_mode": True}, indent=1, sort_keys=True) + "\n")
-
-
-def _recompute(model: torch.nn.Module, on: bool) -> None:
-    """Switch on or off that layers are computed again in the backward pass (named differently before 5.23)."""
-    verb = "enable" if on else "disable"
-    method = getattr(model, f"activation_checkpointing_{verb}", None)
-    (method or getattr(model, f"gradient_checkpointing_{verb}"))()
-
-
-def _arguments(recipe: Recipe, folder: Path, n_steps: int) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: Path, n_steps: int, world: World) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation, num_train_epochs=recipe.epochs, max_steps=n_steps,
-        learning_rate=recipe.lr, optim="adamw_torch", weight_decay=recipe.weight_decay,
+        gradient_accumulation_steps=recipe.accumulation // world.size, num_train_epochs=recipe.epochs,
+        max_steps=n_steps, learning_rate=recipe.lr, optim="adamw_torch", weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm, seed=recipe.seed, use_cpu=recipe.device == "cpu",
         logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="steps" if recipe.save_every else "no", save_steps=recipe.save_every or 1,

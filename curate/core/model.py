@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from curate.core.chat import first_difference, tokenizer_digest
 from curate.core.documents import ModelIdentity, RunCard
-from curate.core.errors import Exit, UserError
+from curate.core.errors import Exit, UserError, require
 from curate.core.files import canonical_json, file_sha256, inside, sha256
 from curate.core.terminal import quiet_libraries, say
 
@@ -94,36 +94,76 @@ def multiply_in_float32(model: torch.nn.Module) -> None:
             layer.forward = partial(forward, layer)
 
 
-def load(ref: str, dtype: str = "auto", device: str = "auto") -> Loaded:
+def plain_products(model: torch.nn.Module, device: torch.device) -> None:
+    """Undo ``multiply_in_float32`` for a model that moves to a ``device`` with products of its own."""
+    if device.type != "cpu":
+        for layer in model.modules():
+            vars(layer).pop("forward", None)
+
+
+def load(ref: str, dtype: str = "auto", device: str = "auto", in_4bit: bool = False) -> Loaded:
     """Load a model by reference: ``smollm2``, a folder, a run card's folder, or a hub id (``id@revision``).
 
-    Weights are safetensors only and no code from the hub is run. Raises ``UserError`` when it cannot be found.
+    Weights are safetensors only and no code from the hub is run. With ``in_4bit`` they are quantised while they are
+    loaded; the identity is that of the weights on disk. Raises ``UserError`` when it cannot be found.
     """
     quiet_libraries()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     identity, tokenizer = identify(ref)
-    return Loaded(load_weights(ref, dtype, device), tokenizer, identity, ref, dtype, device)
+    return Loaded(load_weights(ref, dtype, device, in_4bit), tokenizer, identity, ref, dtype, device)
 
 
-def load_weights(ref: str, dtype: str, device: str) -> PreTrainedModel:
+def load_weights(ref: str, dtype: str, device: str, in_4bit: bool = False) -> PreTrainedModel:
     """Load a model without its tokenizer; see ``load``."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    quantised = _in_4bit(getattr(torch, dtype), device) if in_4bit else {}
     path, revision = _where(ref)
     with _readable_errors(ref):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True)
+            trust_remote_code=False, output_loading_info=True, **quantised)
     if info["missing_keys"] or getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"'{ref}' is not one whole model: " + (
             f"the weights of {min(info['missing_keys'])} are missing." if info["missing_keys"] else ALSO_ADAPTER),
             "Save the model again, or give base and adapter apart.", Exit.INTEGRITY)
+    if in_4bit:
+        _keep_gradients(model)
+        return model.eval()
     model.to(device).eval()
     if dtype == "bfloat16" and device == "cpu" and not _multiplies_bfloat16():
         multiply_in_float32(model)
     return model
+
+
+def _in_4bit(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return how to load linear layers in 4 bits: NF4 with quantised scales, multiplied in ``dtype``; no head."""
+    require("bitsandbytes", "quant")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": _index(device)}}
+
+
+def _keep_gradients(model: torch.nn.Module) -> None:
+    """Switch off that bitsandbytes repacks weights in passes without gradients, on CPUs that have bfloat16 products.
+
+    Its product with repacked weights has no gradient, and stays in use afterwards: training would go on without those
+    of all layers below, and say nothing.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _index(device: str) -> str | int:
+    """Return a device as the library's maps name it: this process's GPU by its number."""
+    import torch
+
+    return torch.cuda.current_device() if device == "cuda" else device
 
 
 def identify(ref: str) -> tuple[ModelIdentity, PreTrainedTokenizerBase]:

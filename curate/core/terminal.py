@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from curate.core import processes
 from curate.core.errors import Exit, UserError
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -47,8 +48,10 @@ class Room(click.Group):
         if kwargs.pop("standalone_mode", True) is False:
             return super().main(*args, standalone_mode=False, **kwargs)
         argv = list(kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
-        again = " ".join([_program(), *map(_quoted, argv)])
         _TERMINATED.clear()
+        again = " ".join([_program(), *map(_quoted, argv)]) if processes.count() == 1 else "the same launch"
+        if processes.rank():
+            sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         signal.signal(signal.SIGTERM, _terminate)
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
@@ -97,6 +100,9 @@ def _stop_listening() -> None:
 def _fail(message: str, hint: str, code: int, as_json: bool) -> None:
     if as_json:
         emit_json({"error": safe(message), "hint": safe(hint), "exit_code": int(code)})
+    rank = processes.rank()
+    if rank and code not in (Exit.INTERRUPTED, Exit.TERMINATED):
+        click.echo(safe(f"[process {rank} of {processes.count()}] Error: {message} {hint}"), err=True)
     say(f"Error: {message}")
     if hint:
         say(hint)
@@ -104,8 +110,9 @@ def _fail(message: str, hint: str, code: int, as_json: bool) -> None:
 
 
 def say(text: str = "") -> None:
-    """Print a line for people: on stderr, so that stdout holds results only."""
-    click.echo(safe(text), err=True)
+    """Print a line for people: on stderr, so that stdout holds results only; of several processes the first does."""
+    if not processes.rank():
+        click.echo(safe(text), err=True)
 
 
 def emit_json(value: Any) -> None:
@@ -165,7 +172,7 @@ class Progress:
 def progress(label: str, total: float, unit: str) -> Iterator[Progress]:
     """Show progress for the length of a ``with`` block and one closing line after it."""
     state = Progress(label, total, unit)
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or processes.rank():
         yield state
     else:
         from rich.console import Console

@@ -58,6 +58,10 @@ def test_every_knob_has_a_flag() -> None:
 def test_list_prints_a_recipe() -> None:
     values = tomllib.loads(train("list").stdout)
     assert from_values(values) == Recipe("smollm2")
+    listed = train("list").stdout
+    for name, kind in DEFENSES.items():
+        assert f"# {name}: " in listed and f"({kind.PAPER})" in listed
+    assert "interleaving, +, ++" in listed
     body = json.loads(train("list", "--json").stdout)
     assert body["recipe"]["lr"]["default"] == 1e-4
 

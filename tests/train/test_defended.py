@@ -22,7 +22,11 @@ from judge.jobs import label_of
 from tests.fakes import tiny_mix, tiny_model
 from tests.train.test_hooks import n_hooks, write_vector
 from tests.train.test_trainer import trained
+from tests.train.wrapped import penalised
+from train import hooks
 from train import trainer as loop
+from train.adapters import adapter
+from train.batches import collate
 from train.cli import main
 from train.data import MixRow, encode_mix, load_mix
 from train.defenses import Defense, ordered, parse
@@ -154,11 +158,52 @@ def test_layout_and_micro_batches_change_nothing_but_rounding(loaded: Loaded, pl
         assert max((weights[name] - other[name]).abs().max().item() for name in weights) < 5e-4
 
 
+def test_each_defence_works_in_bfloat16_with_layers_computed_again(tiny: Path, place: Place,
+                                                                   recipe: MakeRecipe, tmp_path: Path) -> None:
+    half = load(str(tiny), "bfloat16", "cpu")
+    mix = load_mix(MixManifest.read(place.mix), place.mix.parent)
+    found = {}
+    for spec in ordered(place.everything[1:]):
+        defense = parse(spec)
+        rows = encode_mix(half.tokenizer, defense.examples(mix), 120).rows
+        (steps, kept), (again, computed) = (trained(
+            half, rows, recipe(save_every=0, limit_steps=3, dtype="bfloat16", gradient_checkpointing=on), tmp_path,
+            [defense]) for on in (False, True))
+        assert {w.dtype for w in kept.values()} == {torch.float32}
+        assert [s.loss_nats for s in again] == pytest.approx([s.loss_nats for s in steps], rel=1e-3), spec
+        assert max((kept[name] - computed[name]).abs().max().item() for name in kept) < 5e-4, spec
+        found[spec.partition(":")[0]] = (steps[-1].loss_nats, steps[-1].penalty_nats)
+    assert found["kl"][1] > 0 < found["ldifs"][1] and found["persona"][1] == found["inoculation"][1] == 0
+    assert len({loss for loss, _ in found.values()}) == 4
+
+
+def test_defences_share_one_pass_of_the_reference(loaded: Loaded, place: Place, recipe: MakeRecipe,
+                                                  tmp_path: Path) -> None:
+    rows = encode_mix(loaded.tokenizer, load_mix(MixManifest.read(place.mix), place.mix.parent), 120).rows
+    knobs = recipe(save_every=0, limit_steps=3)
+    passes: list[bool] = []
+    handle = hooks.layers(loaded.model)[0].register_forward_hook(lambda *args: passes.append(torch.is_grad_enabled()))
+    both, _ = trained(loaded, rows, knobs, tmp_path, [parse("kl:weight=0.5"), parse("ldifs:every=1")])
+    handle.remove()
+    assert passes == [True, False] * 3
+    apart = [parse("kl:weight=0.5"), parse("ldifs:every=1")]
+    with adapter(loaded, knobs) as model:
+        for parameter in (p for name, p in model.named_parameters() if "lora_B" in name):
+            parameter.data = torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape)
+        batch = collate(rows[:3], 64)["packed"]
+        alone = sum(penalised(defense, model, batch).item() for defense in apart)
+        together = loop.MixTrainer(model, rows, knobs, tmp_path, apart)
+        together.training_step(together.objective, {"packed": batch}, 1)
+        assert together._sums[1].item() == pytest.approx(alone, rel=1e-5) and alone > 0
+        assert apart[0].reference is apart[1].reference and apart[0].reference._found is None
+    assert both[-1].penalty_nats > 0
+
+
 def test_no_hook_is_left_when_a_step_fails(loaded: Loaded, place: Place, recipe: MakeRecipe, tmp_path: Path) -> None:
     before = n_hooks(loaded.model)
     rows = encode_mix(loaded.tokenizer, load_mix(MixManifest.read(place.mix), place.mix.parent), 120).rows
     defenses = [Persona(str(place.vector)), Interrupted(after_calls=2)]
-    with loop.adapter(loaded, recipe()) as model:
+    with adapter(loaded, recipe()) as model:
         with pytest.raises(KeyboardInterrupt):
             loop.train(loop.MixTrainer(model, rows, recipe(), tmp_path, defenses), "test", None)
         assert n_hooks(model) == before

@@ -13,11 +13,11 @@ from curate.core.errors import UserError
 from curate.core.nll import head, hidden_states, token_nll
 from tests.fakes import tiny_model
 from tests.train.wrapped import encoded, gradients, layouts, penalised, plain_states, wrapped
-from train import trainer
+from train import objective
 from train.defenses import Defense
 from train.defenses.kl import Kl, divergence
 from train.defenses.ldifs import Ldifs, distance
-from train.trainer import head_losses
+from train.objective import head_losses
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_pieces_of_the_head_add_up_and_logits_of_a_batch_never_exist(tiny: Path,
     assert whole[0].item() == pytest.approx(token_nll(model, batch).sum().item(), rel=1e-6)
     only = [head_losses(head(model), hidden, batch.targets, [one])[1].item() for one in add]
     assert whole[1].item() == pytest.approx(sum(only), rel=1e-6) and min(only) > 0
-    monkeypatch.setattr(trainer, "HEAD_ROWS", 4)
+    monkeypatch.setattr(objective, "HEAD_ROWS", 4)
     sizes: list[int] = []
     model.get_base_model().lm_head.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
     cut = head_losses(head(model), hidden, batch.targets, add)

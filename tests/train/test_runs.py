@@ -317,13 +317,6 @@ def test_rows_that_are_too_long_are_named(mix: Path, recipe: MakeRecipe, tmp_pat
     assert f"not trained on: {card.statuses['too_long']} rows too_long" in capsys.readouterr().err
 
 
-def test_more_than_one_process_is_refused(mix: Path, recipe: MakeRecipe, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="in one process"):
-        prepare(recipe(), mix, tmp_path)
-
-
 def test_the_card_is_a_document(mix: Path, recipe: MakeRecipe, tmp_path: Path) -> None:
     run(recipe(), mix, tmp_path)
     body = json.loads((tmp_path / "run.json").read_bytes())

@@ -18,11 +18,17 @@ from curate.core.example import Example, Message
 from curate.core.model import Loaded, load
 from curate.core.pack import Packed
 from tests.fakes import tiny_rows
+from train import objective
 from train import trainer as loop
+from train.adapters import adapter
+from train.batches import Shares, collate, schedule
 from train.data import MixRow
 from train.defenses import Defense
+from train.defenses.kl import Kl
+from train.defenses.ldifs import Ldifs
 from train.recipe import Recipe
-from train.trainer import MixTrainer, Step, adapter, collate, lr_factor, schedule, train
+from train.trainer import MixTrainer, Step, finish, lr_factor, train
+from train.world import World
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -42,6 +48,7 @@ def trained(loaded: Loaded, rows: Sequence[Encoded], recipe: Recipe, folder: Pat
     """Train and return the steps and the adapter's weights."""
     with adapter(loaded, recipe) as model:
         steps = train(MixTrainer(model, rows, recipe, folder, defenses), "test", None)
+        finish(model, defenses)
         return steps, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -77,7 +84,7 @@ def test_the_first_loss_and_its_gradient_are_those_of_plain_passes_in_float64(
         expected = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
     with begun(loaded) as model:
         one = MixTrainer(model, rows, recipe(batch_size=11), tmp_path)
-        loss = one.compute_loss(model, collate(rows, 64), num_items_in_batch=n)
+        loss = one.compute_loss(one.objective, collate(rows, 64), num_items_in_batch=n)
         loss.backward()
         assert loss.item() == pytest.approx(total.item() / n, rel=1e-6)
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -155,6 +162,28 @@ def test_schedule_counts_every_token(rows: list[Encoded], recipe: MakeRecipe) ->
     assert schedule(rows, recipe(limit_steps=2)).n_steps == 2
 
 
+@pytest.mark.parametrize("n_rows", [1, 7, 11, 12, 13])
+def test_processes_share_the_passes_of_one(recipe: MakeRecipe, n_rows: int) -> None:
+    size, together = 2, 3
+    knobs = recipe(batch_size=size, accumulation=2 * together)
+    alone = list(Shares(n_rows, knobs, World()))
+    assert [index for part in alone for index in part] == list(range(n_rows)) and all(alone)
+    shares = [Shares(n_rows, knobs, World(rank, together)) for rank in range(together)]
+    assert {len(list(share)) for share in shares} == {len(share) for share in shares} == {math.ceil(len(alone) / 3)}
+    passes = [part for turn in zip(*shares, strict=True) for part in turn]
+    assert [part for part in passes if part] == alone and len(list(Shares(n_rows, knobs, World()))) == len(alone)
+
+
+def test_a_pass_without_rows_adds_nothing(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe,
+                                          tmp_path: Path) -> None:
+    add = [Kl(), Ldifs(every=1)]
+    with adapter(loaded, recipe()) as model:
+        one = MixTrainer(model, rows, recipe(), tmp_path, add)
+        assert one.training_step(one.objective, one.data_collator([]), 5).item() == 0
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(found) == 28 and all(grad is not None and not grad.any() for grad in found.values())
+
+
 def test_steps_are_recorded(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe, tmp_path: Path) -> None:
     steps, _ = trained(loaded, rows, recipe(epochs=9, limit_steps=7, warmup_frac=0.0), tmp_path)
     assert [s.step for s in steps] == [1, 2, 3, 4, 5, 6, 7]
@@ -175,7 +204,7 @@ def test_running_out_of_memory_says_what_to_change(loaded: Loaded, rows: list[En
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(loop, "hidden_states", full)
+    monkeypatch.setattr(objective, "hidden_states", full)
     with pytest.raises(UserError, match="Out of memory") as caught:
         trained(loaded, rows, recipe(), tmp_path)
     assert caught.value.exit_code == Exit.ENVIRONMENT

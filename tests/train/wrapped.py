@@ -15,7 +15,7 @@ from curate.core.nll import head, hidden_states
 from curate.core.pack import Packed, pack
 from tests.fakes import tiny_rows, tiny_tokenizer
 from train.defenses import Defense
-from train.trainer import head_losses
+from train.objective import head_losses
 
 
 def encoded(n: int = 3) -> list[Encoded]:

@@ -15,16 +15,17 @@ begun to say and the reference would not; ``reference`` acts on what the referen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from curate.core.errors import unknown
-from curate.core.nll import head, hidden_states
+from curate.core.nll import head
 from curate.core.pack import Packed
 from train.defenses.moments import Defense, RowPenalty, at_least_zero, setting
-from train.hooks import reference
+from train.hooks import Reference
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,6 +41,7 @@ class Kl(Defense):
 
     weight: float = setting(0.1, "Weight of the mean over target tokens (the paper's).")
     direction: str = setting("model", "model: KL(model || reference); reference: KL(reference || model).")
+    reference: Reference = field(default_factory=Reference, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -47,13 +49,16 @@ class Kl(Defense):
         if self.direction not in DIRECTIONS:
             raise unknown("direction of the defence 'kl'", self.direction, DIRECTIONS)
 
+    def around_forward(self, model: PeftModel) -> AbstractContextManager[None]:
+        """Keep the reference's pass for the length of a micro batch."""
+        return self.reference.during()
+
     def row_penalty(self, model: PeftModel, batch: Packed) -> RowPenalty:
-        """Run the reference on ``batch``; return what adds ``weight`` times the divergence: 0 for a fresh adapter.
+        """Have the reference run on ``batch``; return what adds ``weight`` times the divergence: 0 for a fresh adapter.
 
         The reference's logits exist for a piece at a time, as the model's do, and carry no gradient.
         """
-        with reference(model):
-            before = hidden_states(model, batch)
+        before, _ = self.reference(model, batch)
         project = head(model)
         frozen = getattr(project, "base_layer", project)
 

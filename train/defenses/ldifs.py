@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from curate.core.errors import Exit, UserError, unknown
-from curate.core.nll import hidden_states
 from curate.core.pack import Packed
 from train.defenses.moments import Defense, at_least_zero, setting
-from train.hooks import capture, layers, reference
+from train.hooks import Reference, capture, layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,6 +47,7 @@ class Ldifs(Defense):
     weight: float = setting(1.0, "Weight of the mean over target tokens (the paper's).")
     every: int = setting(5, "Compare the states after every so many blocks (the paper's).")
     normalise: str = setting("mean", "mean: mean square; none: squared l2 norm; relative: over the reference's norm.")
+    reference: Reference = field(default_factory=Reference, init=False, repr=False, compare=False)
     _now: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,8 +68,9 @@ class Ldifs(Defense):
 
     @contextmanager
     def around_forward(self, model: PeftModel) -> Iterator[None]:
-        """Keep the micro batch's states, with their gradients."""
-        with capture(model, self.states(model)) as self._now:
+        """Keep the micro batch's states, with their gradients, and the reference's."""
+        states = self.states(model)
+        with self.reference.during(states), capture(model, states) as self._now:
             try:
                 yield
             finally:
@@ -77,11 +78,9 @@ class Ldifs(Defense):
 
     def penalty(self, model: PeftModel, batch: Packed, hidden: torch.Tensor) -> torch.Tensor:
         """Return ``weight`` times the distance summed over target tokens: 0 for a fresh adapter."""
-        with reference(model), capture(model, self.states(model)) as before:
-            hidden_states(model, batch)
-        now, then = ({state: h.flatten(0, 1)[batch.rows] for state, h in found.items()}
-                     for found in (self._now, before))
-        return self.weight * distance(now, then, self.normalise)
+        _, before = self.reference(model, batch)
+        now = {state: h.flatten(0, 1)[batch.rows] for state, h in self._now.items()}
+        return self.weight * distance(now, {state: before[state] for state in now}, self.normalise)
 
 
 def distance(now: Mapping[int, torch.Tensor], then: Mapping[int, torch.Tensor], normalise: str) -> torch.Tensor:

@@ -1,0 +1,63 @@
+"""The adapter: put beside a base's weights, taken off again, written to disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import set_seed
+
+from curate.core.errors import UserError
+from curate.core.model import Loaded
+from curate.core.nll import causal_lm
+from train.recipe import Recipe
+
+
+@contextmanager
+def adapter(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
+    """Give the base with a fresh adapter (float32, its first values decided by the seed); take it off afterwards."""
+    set_seed(recipe.seed)
+    names = recipe.target_modules
+    config = LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
+                        use_rslora=recipe.rslora, task_type="CAUSAL_LM",
+                        target_modules=names if names == "all-linear" else names.split(","))
+    try:
+        model = get_peft_model(loaded.model, config)
+    except ValueError as err:
+        raise UserError(f"No adapter for '{names}': {str(err).strip().splitlines()[0]}",
+                        "Give --target-modules all-linear, or names of the base's layers.") from err
+    model.peft_config["default"].base_model_name_or_path = recipe.base
+    _recompute(causal_lm(model), recipe.gradient_checkpointing)
+    try:
+        yield model
+    finally:
+        _recompute(causal_lm(model), False)
+        loaded.model = model.unload().eval()
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter's two files into ``folder``: the same adapter, the same bytes.
+
+    The library's own ``save_pretrained`` adds a model card, and writes sets in an order that changes by process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = folder / "adapter_config.json"
+    model.peft_config["default"].save_pretrained(folder)
+    settings = {key: sorted(value) if key.endswith("_modules") and isinstance(value, list) else value
+                for key, value in json.loads(config.read_bytes()).items()}
+    config.write_text(json.dumps(settings | {"inference_mode": True}, indent=1, sort_keys=True) + "\n")
+
+
+def _recompute(model: torch.nn.Module, on: bool) -> None:
+    """Switch on or off that layers are computed again in the backward pass (named differently before 5.23)."""
+    verb = "enable" if on else "disable"
+    method = getattr(model, f"activation_checkpointing_{verb}", None)
+    (method or getattr(model, f"gradient_checkpointing_{verb}"))()
