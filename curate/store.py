@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.audit import audit
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sha256
+from curate.inspection import audit
 from curate.ledger import Entry, Finding, Kind, Ledger
 from curate.parts import (
     CORPUS_SCHEMA,
