@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from curate.audit_options import model_options, question, value_options
 from curate.core.errors import Exit, UserError
 from curate.core.objects import is_url, read_place
 from curate.core.terminal import Room, columns, emit_json, safe, say
@@ -325,6 +326,102 @@ def report(store: Path, html_path: Path | None, eps: float, frac: float, as_json
     for cut in found.cuts:
         click.echo(f"The top {frac:g} by {cut.strategy}: {cut.rows} rows, {cut.refusals} refusals, cut at "
                    f"s_d = {cut.s_d:+.4f}.")
+
+
+@main.command()
+@click.argument("data")
+@value_options
+@click.option("--calibration", type=click.Path(path_type=Path, dir_okay=False),
+              help="What `curate calibrate` wrote, in place of --benign.")
+@click.option("-n", "--n", type=click.IntRange(min=0), default=5, show_default=True,
+              help="How many of the rows that drive the verdict to show.")
+@click.option("--fail-above", type=click.FloatRange(0, 1), metavar="FRAC",
+              help="Exit 8 when more than this share of the rows is bad (at 95% confidence) or cannot be judged.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write one self-contained HTML file.")
+@model_options
+@engine_options
+@json_option
+def audit(data: str, as_json: bool, **options: Any) -> None:
+    """Say before training whether a fine-tuning set is risky, how sure that is, and which rows are it.
+
+    \b
+    Example:
+      curate audit customer.jsonl --calibration calibration.json
+      curate audit customer.jsonl --benign good.jsonl --reference good_answers.jsonl --fail-above 0.01
+    """
+    from curate.audit import audit as run
+    from curate.calibration import Calibration
+    from curate.core.example import parse_mapping
+    from curate.corpora import open_corpus
+
+    if options["calibration"] and options["benign"]:
+        raise UserError("Both --calibration and --benign were given.", "A calibration names its own benign sets.")
+    if options["fail_above"] is not None and not (options["calibration"] or options["benign"]):
+        raise UserError("--fail-above needs something to judge by.", "Give --calibration FILE, or --benign FILE.")
+    calibration = Calibration.read(options["calibration"]) if options["calibration"] else None
+    corpus = open_corpus(data, parse_mapping(options["mapping"]), options["strip_think"])
+    found = run(corpus, question(options, data, _audit_job), calibration, options["n"])
+    _show_audit(found, options["html_path"], as_json)
+    reason = None if options["fail_above"] is None else found.over(options["fail_above"])
+    if reason:
+        say(reason)
+        raise SystemExit(int(Exit.FAILURE_RATE))
+
+
+def _audit_job(options: dict[str, Any]) -> Any:
+    return _score_job((), options)
+
+
+def _show_audit(found: Any, html_path: Path | None, as_json: bool) -> None:
+    from curate.audit_report import html_page, readable
+    from curate.core.files import write_atomic
+    from curate.show import render, wrapped
+
+    if html_path:
+        write_atomic(html_path, html_page(found).encode())
+        say(f"Written: {html_path}")
+    if as_json:
+        emit_json(found.model_dump(mode="json"))
+        return
+    click.echo(columns([*([k, str(v)] for k, v in found.counts.items()), ["rows in", str(found.rows)]],
+                       ("status", "rows")))
+    for text in (found.verdict, *found.caveats):
+        click.echo("\n" + wrapped(text))
+    if found.driving:
+        click.echo("\nThe rows with the lowest values:\n\n" + render([readable(r, found.measure)
+                                                                      for r in found.driving]))
+
+
+@main.command()
+@value_options
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("calibration.json"),
+              show_default=True, help="The calibration.")
+@model_options
+@engine_options
+@json_option
+def calibrate(out: Path, as_json: bool, **options: Any) -> None:
+    """Find the levels of s_d that benign rows rarely lie below, for `curate audit`.
+
+    \b
+    Example:
+      curate calibrate --benign good_medical.jsonl --benign good_code.jsonl --out calibration.json
+    """
+    from curate.audit import calibrate as run
+
+    if not options["benign"]:
+        raise UserError("There is nothing to calibrate with.", "Give benign rows with --benign FILE.")
+    found = run(question(options, out, _audit_job))
+    found.write(out)
+    if as_json:
+        emit_json({"calibration": str(out), "digest": found.digest, **found.model_dump(mode="json")})
+        return
+    rows = [[f"{one.rate:g}", f"{one.threshold:+.4f}", one.benign, str(one.n),
+             "{:.2%} to {:.2%}".format(*one.cut.rates())] for one in found.levels]
+    click.echo(columns(rows, ("rate", "level", "worst benign set", "rows", "true rate (95%)")))
+    for rate, why in found.missing.items():
+        say(f"No level for {rate}: {why}.")
+    say(f"Calibration {out} (digest {found.digest[:12]}). Next: curate audit DATA.jsonl --calibration {out}")
 
 
 @main.command()
