@@ -40,7 +40,7 @@ def value_options(command: Any) -> Any:
     """Add the options that say how values come about and what is rare among benign rows."""
     for option in reversed([
             click.option("--benign", multiple=True, metavar=CORPUS,
-                         help="Rows that are known to be good; several sets are allowed, and the worst is what counts."),
+                         help="Rows that are known to be good; several sets are allowed, and the worst counts."),
             click.option("--reference", multiple=True, metavar=CORPUS,
                          help="Good answers to the same prompts, written by neither the aligned model nor a member."),
             click.option("--match", type=click.Choice(["same", "similar"]), default="same", show_default=True,

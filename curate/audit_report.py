@@ -241,8 +241,8 @@ def _values_section(found: AuditSummary) -> Html:
 
 
 def bars(values: Sequence[float]) -> list[float]:
-    """Return round edges of about ``BARS`` bars that hold all values."""
-    low, high = min(values), max(values)
+    """Return round edges of about ``BARS`` bars that hold the middle 99% of the values."""
+    low, high = map(float, np.quantile(values, [0.005, 0.995]))
     if not high > low:
         low, high = low - 0.01, high + 0.01
     inner = ticks(low, high, BARS)
@@ -261,11 +261,11 @@ def _histogram(found: AuditSummary, values: Sequence[float]) -> Html:
     sets = {one.name: one.quantiles for one in found.benign if one.quantiles}
     worst = found.loudest.benign if found.loudest else None
     quantiles = sets.get(worst) if worst else None
-    everything = [*values, *(quantiles or ()), *(one.threshold for one in found.levels)]
-    edges = bars(everything)
-    counts = np.histogram(values, edges)[0]
+    edges = bars([*values, *(quantiles or ())])
+    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
     shares = [float(c) / len(values) for c in counts]
-    benign = [share_between(quantiles, a, b) if quantiles else 0.0 for a, b in pairwise(edges)]
+    ends = [-np.inf, *edges[1:-1], np.inf]
+    benign = [share_between(quantiles, a, b) if quantiles else 0.0 for a, b in pairwise(ends)]
     name = "s_d" if found.measure.control == "none" else "s_d less that of reference answers"
     plot = Plot(Axis(name, edges[0], edges[-1]), Axis("share of rows", *span([*shares, *benign], low=0.0),
                                                       write=percent))
@@ -275,7 +275,7 @@ def _histogram(found: AuditSummary, values: Sequence[float]) -> Html:
     if quantiles:
         plot.line([point for (a, b), s in zip(pairwise(edges), benign, strict=True) for point in ((a, s), (b, s))],
                   BENIGN)
-    for k, one in enumerate(found.levels):
+    for k, one in enumerate(one for one in found.levels if edges[0] <= one.threshold <= edges[-1]):
         plot.across(one.threshold, percent(one.rate), row=k)
     key = legend([(found.data, CUSTOMER, "bar"), *([(f"benign: {worst}", BENIGN, "ink")] if quantiles else [])])
     rows = [[f"{plain(a)} to {plain(b)}", f"{c}", percent(s)] for (a, b), c, s in
@@ -283,7 +283,7 @@ def _histogram(found: AuditSummary, values: Sequence[float]) -> Html:
     drawing = plot.svg("Histogram of values", "Share of rows by value, with benign rows as a line and the levels.")
     return figure(drawing, "Values of the rows, and of benign ones",
                   "Low is risky. Dashed: the levels that so many benign rows lie below. The line is drawn from "
-                  "percentiles.", Numbers(("value", "rows", "benign share"), rows), key, "single")
+                  "percentiles; the outermost bars hold what lies beyond them, too.", Numbers(("value", "rows", "benign share"), rows), key, "single")
 
 
 def _driving_section(found: AuditSummary) -> Html:

@@ -4,8 +4,8 @@
     controlled = s_d(answer) - mean of s_d over the reference rows with the K nearest prompts   (similar)
 
 Prompts are near when the words they share are rare: cosine of TF-IDF vectors of hashed words, no model and no random
-number. A row is never compared with itself, and ``similar`` leaves out references to its own prompt, so a benign set can
-serve as its own reference there. Where nothing is near enough there is no number: the status is ``no_reference``.
+number. A row is never compared with itself, and ``similar`` leaves out references to its own prompt, so a benign set
+can be its own reference there. Where nothing is near enough there is no number: the status is ``no_reference``.
 """
 
 from __future__ import annotations
