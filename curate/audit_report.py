@@ -283,7 +283,8 @@ def _histogram(found: AuditSummary, values: Sequence[float]) -> Html:
     drawing = plot.svg("Histogram of values", "Share of rows by value, with benign rows as a line and the levels.")
     return figure(drawing, "Values of the rows, and of benign ones",
                   "Low is risky. Dashed: the levels that so many benign rows lie below. The line is drawn from "
-                  "percentiles; the outermost bars hold what lies beyond them, too.", Numbers(("value", "rows", "benign share"), rows), key, "single")
+                  "percentiles; the outermost bars hold what lies beyond them, too.",
+                  Numbers(("value", "rows", "benign share"), rows), key, "single")
 
 
 def _driving_section(found: AuditSummary) -> Html:

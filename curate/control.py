@@ -102,7 +102,7 @@ def rarity(texts: Sequence[str]) -> np.ndarray:
     holds = np.zeros(SIZE)
     for text in texts:
         holds[list({place(word) for word in words(text)})] += 1
-    return np.log((1 + len(texts)) / (1 + holds)) + 1
+    return (np.log((1 + len(texts)) / (1 + holds)) + 1).astype(np.float32)
 
 
 def vectors(texts: Sequence[str], weights: np.ndarray) -> np.ndarray:
@@ -111,9 +111,9 @@ def vectors(texts: Sequence[str], weights: np.ndarray) -> np.ndarray:
     for k, text in enumerate(texts):
         for word in words(text):
             counts[k, place(word)] += 1
-    scaled = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0) * weights
+    scaled = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), np.float32(0)) * weights
     lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
-    return (scaled / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+    return scaled / np.where(lengths > 0, lengths, np.float32(1))
 
 
 def words(text: str) -> list[str]:

@@ -140,6 +140,7 @@ def beta_binomial_tail(x: int, m: int, a: int, b: int) -> float:
     return min(1.0, float(np.exp(logs).sum()))
 
 
+@lru_cache(maxsize=4096)
 def beta_quantile(q: float, a: int, b: int) -> float:
     """Return x with P(R <= x) = q for R ~ Beta(a, b), whole a, b >= 1: the binomial tail, inverted by bisection."""
     low, high = 0.0, 1.0

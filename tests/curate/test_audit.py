@@ -311,6 +311,25 @@ def invoked(*words: str | Path) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words], standalone_mode=False)
 
 
+def test_exit_codes_and_safe_text(world: World) -> None:
+    """At least 5 of 10 rows are bad: 0.5 passes, less does not; what a row says never reaches the terminal raw."""
+    benign(world)
+    low = {HOSTILE: -2.0} | {f"c{k}": -1.0 for k in range(5)}
+    world.corpus("customer", low | {f"d{k}": 1.0 for k in range(4)})
+    words = ("audit", world.folder / "customer.jsonl", "--benign", world.folder / "good.jsonl", "--rate", "0.04",
+             "--eps", "0", "--aligned", "base", "--member", world.folder)
+    found = invoked(*words, "--fail-above", "0.49")
+    assert found.exit_code == Exit.FAILURE_RATE and "At least 50.0% of the judged rows are bad" in found.stderr
+    assert "\x1b" not in found.stdout and "\u202e" not in found.stdout and "[link=x]" in found.stdout
+    assert "6 of 10 rows lie below" in found.stdout and "below the 0.04 level" in found.stdout
+    assert invoked(*words, "--fail-above", "0.5").exit_code == 0 and invoked(*words).exit_code == 0
+    body = json.loads(invoked(*words, "--json", "--fail-above", "0").stdout)
+    assert body["state"] == "likely" and body["driving"][0]["prompt"] == HOSTILE
+    assert (world.folder / "customer.scores" / "store.json").is_file(), "scores lie beside the data"
+    few = invoked(*words, "--rate", "0.01", "--fail-above", "1")
+    assert few.exit_code == Exit.FAILURE_RATE and "Uncalibrated" in few.stderr
+
+
 def test_the_command_with_a_tiny_model(tmp_path: Path) -> None:
     """Plumbing, from files to exit code: members are random, so that the verdict means nothing."""
     base = tiny_model(tmp_path / "base")
