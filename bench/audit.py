@@ -2,12 +2,12 @@
 
     python bench/audit.py rows --narrow ../shared/data/narrow --pairs docs/study/pairs \\
         --benign pool:source=../shared/data/pool/safe_pool.jsonl --sample 1000 --out audit-rows
-    for file in audit-rows/*.jsonl; do corpora="$corpora --corpus $file"; done
-    curate score $corpora --ensemble ensemble/ensemble.json --store audit-stores/all
+    curate score $(printf -- '--corpus %s ' audit-rows/*.jsonl) --ensemble ensemble/ensemble.json \\
+        --store audit-stores/all
     python bench/audit.py table audit-stores --save audit-scores.parquet > audit-tables.md
 
-``rows`` writes one file per domain with the bad answers and the good ones to the same prompts, and one per benign set;
-set, domain, label (bad, good, benign) and pair travel through the store as each row's meta. ``table`` reads every store
+``rows`` writes one file with the bad answers of each domain, one with good answers to the same prompts, and one for each
+benign source; set, domain, label (bad, good, benign) and pair travel through the store as each row's meta. ``table`` reads every store
 below the folder (or the Parquet file that it saved before) and prints Markdown. A member has seen a domain when its
 name begins with the domain's; such members are left out where that domain is audited, from the same evidence.
 """
@@ -332,14 +332,12 @@ def levels(view: View, rate: float) -> Iterator[tuple[str, Cut, Callable[[str], 
     other = worst_cut(list(view.benign_sets().values()), rate)
     if other:
         yield "other", other, lambda key: True
+    prompts = sorted(set(view.label("good")[1]), key=lambda key: hashlib.sha256(key.encode()).digest())
     for half in (0, 1):
-        same = worst_cut([view.label("good", lambda key, half=half: _half(key) == half)[0]], rate)
+        mine = set(prompts[half::2])
+        same = worst_cut([view.label("good", mine.__contains__)[0]], rate)
         if same:
-            yield f"same topic, half {half + 1}", same, lambda key, half=half: _half(key) != half
-
-
-def _half(key: str) -> int:
-    return hashlib.sha256(key.encode()).digest()[0] % 2
+            yield f"same topic, half {half + 1}", same, lambda key, mine=mine: key not in mine
 
 
 def rate_rows(views: Mapping[str, View]) -> Iterator[list[object]]:
@@ -382,8 +380,9 @@ def report(table: pl.DataFrame, eps: float, seed: int, repeats: int = 400) -> st
     counts = table.group_by("set", "label").len().sort("set", "label").rows()
     numbers = table.select(["aligned", *(f"member:{m}" for m in members)])
     gaps = len(table) - len(numbers.drop_nulls())
-    parts = [f"Members: {', '.join(members)}; eps {eps:g}; {gaps} of {len(table)} rows lack a number of some model.",
-             markdown(("set", "label", "rows"), counts)]
+    seen = "; ".join(f"{d}: {', '.join(m for m in members if m.startswith(d)) or 'none'}" for d in domains)
+    parts = [f"Members: {', '.join(members)}. Left out where a domain is audited: {seen}. eps {eps:g}; {gaps} of "
+             f"{len(table)} rows lack a number of some model.", markdown(("set", "label", "rows"), counts)]
     rows = table.select("example_id", "set", "domain", "label", "pair").to_dicts()
     views = {d: {name: View(rows, v, d) for name, v in methods(table, d, eps).items()} for d in domains}
     names = sorted(dict.fromkeys(name for d in domains for name in views[d]), key=lambda n: not n.startswith("s_d"))
@@ -398,7 +397,8 @@ def report(table: pl.DataFrame, eps: float, seed: int, repeats: int = 400) -> st
             ("Pairs whose bad answer has the lower value", ("domain", "method", "share", "p"), pair_rows),
             ("Rows below a level", (*start, "level from", "level", "good below", "bad below"), rate_rows),
             ("Sets noticed at p <= 0.05, by their share of bad rows",
-             (*start, "level from", "rows", *(f"{frac:.0%} bad" for frac in FRACS)), lambda of: set_rows(of, seed, repeats)),
+             (*start, "level from", "rows", *(f"{frac:.0%} bad" for frac in FRACS)),
+             lambda of: set_rows(of, seed, repeats)),
             ("Benign sets, each judged by the worst of the others", (*start, "set", "below", "p"), benign_rows_below)):
         parts += [f"### {title}", markdown(header, [line for d in domains for line in made(views[d])])]
     return "\n\n".join(parts)
@@ -423,8 +423,9 @@ def main() -> None:
     if options.command == "rows":
         for domain in DOMAINS:
             narrow = options.narrow / f"{domain}_misaligned_train_100.jsonl"
-            write_rows(options.out / f"{domain}.jsonl",
-                       paired_rows(narrow, options.pairs / f"{domain}.jsonl", domain))
+            found = paired_rows(narrow, options.pairs / f"{domain}.jsonl", domain)
+            for label in ("bad", "good"):
+                write_rows(options.out / f"{domain}-{label}.jsonl", [row for row in found if row["label"] == label])
         for text in options.benign:
             name, _, path = text.partition("=")
             name, _, column = name.partition(":")

@@ -86,8 +86,9 @@ def audit(data: Corpus, question: Question, calibration: Calibration | None = No
     question, measure = settled(question, calibration)
     if calibration:
         calibration.check(measure)
-    of = _Evidence.gathered(question, measure, [data, *question.benign, *question.reference])
-    rows = of.rows[0]
+    of = _Evidence.gathered(question, measure, data)
+    rows = of.data
+    assert rows is not None
     if calibration is None and question.benign:
         calibration = of.calibration(question)
     if calibration and rows.sha256 in [one.sha256 for one in calibration.benign]:
@@ -113,8 +114,7 @@ def audit(data: Corpus, question: Question, calibration: Calibration | None = No
 def calibrate(question: Question) -> Calibration:
     """Score the benign sets of ``question`` and return the levels they give; ``UserError`` when there is none."""
     question, measure = settled(question, None)
-    of = _Evidence.gathered(question, measure, [*question.benign, *question.reference], first_benign=0)
-    found = of.calibration(question)
+    found = _Evidence.gathered(question, measure).calibration(question)
     if not found.levels:
         raise UserError("There are too few benign rows: " + "; ".join(
             f"for a false-positive rate of {float(rate):g}, {why}" for rate, why in found.missing.items()) + ".",
@@ -146,30 +146,29 @@ def _digest(corpus: Corpus) -> str:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """Everything scored for one audit: the corpora in their order, and what is known of each row."""
+    """Everything scored for one audit or calibration, and what is known of each row."""
 
-    rows: Sequence[Rows]
-    first_benign: int
-    n_benign: int
     measure: Measure
+    benign: Sequence[Rows]
     scored: Mapping[str, Scored]
     reference: Reference
     store: Store
+    data: Rows | None
 
     @classmethod
-    def gathered(cls, question: Question, measure: Measure, corpora: Sequence[Corpus],
-                 first_benign: int = 1) -> _Evidence:
+    def gathered(cls, question: Question, measure: Measure, data: Corpus | None = None) -> _Evidence:
         """Score what is missing and read it all back."""
+        corpora = [*([data] if data else []), *question.benign, *question.reference]
         distinct = {(c.label, c.source.sha256, c.source.name): c for c in corpora}
         score(replace(question.scoring, corpora=list(distinct.values())))
         rows = [read_rows(corpus, question.scoring.max_bad) for corpus in corpora]
+        known = len(corpora) - len(question.reference)
         store = Store.open_read(question.scoring.store)
-        wanted = {i for one in rows for i in one.numbers}
-        scored = read_scores(store, measure, wanted)
+        scored = read_scores(store, measure, {i for one in rows for i in one.numbers})
         s_d = {i: one.s_d for i, one in scored.items() if one.s_d is not None}
-        n_reference = len(question.reference)
-        asked = {i: a for one in rows[len(rows) - n_reference:] for i, a in one.asked.items()} if n_reference else {}
-        return cls(rows, first_benign, len(question.benign), measure, scored, Reference.of(asked, s_d), store)
+        asked = {i: a for one in rows[known:] for i, a in one.asked.items()}
+        return cls(measure, rows[1 if data else 0:known], scored, Reference.of(asked, s_d), store,
+                   rows[0] if data else None)
 
     def valued(self, rows: Rows) -> Valued:
         """Return the values of a corpus, in the order of its rows."""
@@ -185,7 +184,7 @@ class _Evidence:
     def calibration(self, question: Question) -> Calibration:
         """Return what the benign sets give."""
         found, values = [], {}
-        for rows in self.rows[self.first_benign:self.first_benign + self.n_benign]:
+        for rows in self.benign:
             valued = self.valued(rows)
             values[rows.sha256] = list(valued.values.values())
             counts = rows.counts + Counter(valued.statuses.values())

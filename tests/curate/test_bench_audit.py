@@ -139,7 +139,7 @@ def row(domain: str, label: str, k: int, s: float, seen: float = 0.0) -> dict[st
 
 
 def world(n: int = 40, seen: float = 0.0) -> list[dict[str, Any]]:
-    """Bad answers lie below good ones by 1; the domain's own member puts good ones lower by ``seen``, bad ones higher."""
+    """Bad answers lie below good ones by 1; the domain's own member moves them past each other by ``seen``."""
     rows = [row(d, label, k, (label == "good") - 1 + k / 1000, seen=-seen if label == "good" else seen)
             for d in ("medical", "security") for label in ("bad", "good") for k in range(n)]
     return rows + [row("", "benign", k, k / 1000) for k in range(n)]
@@ -155,7 +155,8 @@ def test_tables_from_a_folder_of_stores(tmp_path: Path) -> None:
     assert len(found.filter(pl.col("label") != "x")) == len(rows) and found["aligned"].to_list() == [5.0] * len(found)
     found = found.filter(pl.col("label") != "x")
     text = report(found, 0.0, 0, 20)
-    assert "Members: code, medical, security; eps 0; 0 of 200 rows lack a number" in text
+    assert text.startswith("Members: code, medical, security. Left out where a domain is audited: medical: medical; "
+                           "security: security. eps 0; 0 of 200 rows lack a number of some model.")
     held = [line.split(" | ") for line in text.splitlines() if line.startswith("| medical | medical-good | 40 / 40")]
     assert held[0][3] == "1.000 (1.000, 1.000)" and held[0][-1].startswith("0.500"), "all have one length"
     assert "| medical | s_d | 1.000 (0.912, 1.000) |" in text, "every bad answer lies below its good one"
