@@ -6,10 +6,11 @@
         --store audit-stores/all
     python bench/audit.py table audit-stores --save audit-scores.parquet > audit-tables.md
 
-``rows`` writes one file with the bad answers of each domain, one with good answers to the same prompts, and one for each
-benign source; set, domain, label (bad, good, benign) and pair travel through the store as each row's meta. ``table`` reads every store
-below the folder (or the Parquet file that it saved before) and prints Markdown. A member has seen a domain when its
-name begins with the domain's; such members are left out where that domain is audited, from the same evidence.
+``rows`` writes one file with the bad answers of each domain, one with good answers to the same prompts, and one for
+each benign source; set, domain, label (bad, good, benign) and pair travel through the store as each row's meta.
+``table`` reads every store below the folder (or the Parquet file that it saved before) and prints Markdown. A member
+has seen a domain when its name begins with the domain's; such members are left out where that domain is audited, from
+the same evidence.
 """
 
 from __future__ import annotations

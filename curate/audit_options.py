@@ -56,22 +56,23 @@ def value_options(command: Any) -> Any:
     return command
 
 
-def question(options: dict[str, Any], beside: str | Path, job_of: Callable[[dict[str, Any]], Any]) -> Any:
-    """Return the ``Question`` that options ask; scores go beside the file ``beside`` unless a store is named."""
-    from curate.audit import Question
+def opened(name: str, options: dict[str, Any]) -> Any:
+    """Return the corpus ``name``, to be read as the options say."""
     from curate.core.example import parse_mapping
     from curate.corpora import open_corpus
 
-    mapping = parse_mapping(options["mapping"])
+    return open_corpus(name, parse_mapping(options["mapping"]), options["strip_think"])
 
-    def opened(names: tuple[str, ...]) -> list[Any]:
-        return [open_corpus(name, mapping, options["strip_think"]) for name in names]
+
+def question(options: dict[str, Any], beside: str | Path, job_of: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return the ``Question`` that options ask; scores go beside the file ``beside`` unless a store is named."""
+    from curate.audit import Question
 
     store = options["store"] or default_store(beside)
     job = job_of({**options, "store": store, "limit": None, "sample": None, "seed": 0, "shard": None,
                   "max_failures": 1.0})
-    return Question(job, opened(options["benign"]), opened(options["reference"]), options["match"], options["eps"],
-                    options["rates"])
+    benign, reference = ([opened(name, options) for name in options[kind]] for kind in ("benign", "reference"))
+    return Question(job, benign, reference, options["match"], options["eps"], options["rates"])
 
 
 def default_store(beside: str | Path) -> Path:

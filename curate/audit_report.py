@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from curate.calibration import BenignSet, Level, Measure
 from curate.core.figures import Axis, Numbers, Plot, figure, legend, percent, plain, span, ticks
 from curate.core.page import Html, code, el, note, page, section, shortened, table
+from curate.core.terminal import columns
 from curate.risk import CONFIDENCE, Reached, noticed
+from curate.show import render, wrapped
 
 LIKELY_P = 0.001
 """At or below this p the verdict says likely; at or below 1 - CONFIDENCE it says may."""
@@ -209,6 +211,15 @@ def readable(row: DrivingRow, measure: Measure) -> dict[str, Any]:
     return {"example_id": row.example_id, "corpus": said[0], "s_d": row.s_d, "nll_aligned": aligned,
             "nll_misaligned": sum(means.values()) / len(means), "n_answer_tokens": row.n_answer_tokens,
             "refusal": row.refusal, "note": "   ".join(said[1:]), "prompt": row.prompt, "answer": row.answer}
+
+
+def text(found: AuditSummary) -> str:
+    """Return the audit for a terminal: rows by status, verdict, caveats, the rows that drive it."""
+    counts = [*([status, str(n)] for status, n in found.counts.items()), ["rows in", str(found.rows)]]
+    parts = [columns(counts, ("status", "rows")), *(wrapped(one) for one in (found.verdict, *found.caveats))]
+    if found.driving:
+        parts += ["The rows with the lowest values:", render([readable(row, found.measure) for row in found.driving])]
+    return "\n\n".join(parts)
 
 
 # The page

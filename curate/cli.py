@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from curate.audit_options import model_options, question, value_options
+from curate.audit_options import model_options, opened, question, value_options
 from curate.core.errors import Exit, UserError
 from curate.core.objects import is_url, read_place
 from curate.core.terminal import Room, columns, emit_json, safe, say
@@ -351,19 +351,25 @@ def audit(data: str, as_json: bool, **options: Any) -> None:
       curate audit customer.jsonl --benign good.jsonl --reference good_answers.jsonl --fail-above 0.01
     """
     from curate.audit import audit as run
+    from curate.audit_report import html_page, text
     from curate.calibration import Calibration
-    from curate.core.example import parse_mapping
-    from curate.corpora import open_corpus
+    from curate.core.files import write_atomic
 
+    fail_above, html_path = options["fail_above"], options["html_path"]
     if options["calibration"] and options["benign"]:
         raise UserError("Both --calibration and --benign were given.", "A calibration names its own benign sets.")
-    if options["fail_above"] is not None and not (options["calibration"] or options["benign"]):
+    if fail_above is not None and not (options["calibration"] or options["benign"]):
         raise UserError("--fail-above needs something to judge by.", "Give --calibration FILE, or --benign FILE.")
     calibration = Calibration.read(options["calibration"]) if options["calibration"] else None
-    corpus = open_corpus(data, parse_mapping(options["mapping"]), options["strip_think"])
-    found = run(corpus, question(options, data, _audit_job), calibration, options["n"])
-    _show_audit(found, options["html_path"], as_json)
-    reason = None if options["fail_above"] is None else found.over(options["fail_above"])
+    found = run(opened(data, options), question(options, data, _audit_job), calibration, options["n"])
+    if html_path:
+        write_atomic(html_path, html_page(found).encode())
+        say(f"Written: {html_path}")
+    if as_json:
+        emit_json(found.model_dump(mode="json"))
+    else:
+        click.echo(text(found))
+    reason = None if fail_above is None else found.over(fail_above)
     if reason:
         say(reason)
         raise SystemExit(int(Exit.FAILURE_RATE))
@@ -371,26 +377,6 @@ def audit(data: str, as_json: bool, **options: Any) -> None:
 
 def _audit_job(options: dict[str, Any]) -> Any:
     return _score_job((), options)
-
-
-def _show_audit(found: Any, html_path: Path | None, as_json: bool) -> None:
-    from curate.audit_report import html_page, readable
-    from curate.core.files import write_atomic
-    from curate.show import render, wrapped
-
-    if html_path:
-        write_atomic(html_path, html_page(found).encode())
-        say(f"Written: {html_path}")
-    if as_json:
-        emit_json(found.model_dump(mode="json"))
-        return
-    click.echo(columns([*([k, str(v)] for k, v in found.counts.items()), ["rows in", str(found.rows)]],
-                       ("status", "rows")))
-    for text in (found.verdict, *found.caveats):
-        click.echo("\n" + wrapped(text))
-    if found.driving:
-        click.echo("\nThe rows with the lowest values:\n\n" + render([readable(r, found.measure)
-                                                                      for r in found.driving]))
 
 
 @main.command()
