@@ -116,6 +116,8 @@ class AuditSummary(_Piece):
     """Of the level that speaks loudest, times the number of levels."""
     at_least: float | None = None
     """Share of the judged rows that are bad, at least, at 95% confidence over all levels together."""
+    excess: float | None = None
+    """Estimated share of bad rows, by the level that gives ``at_least``."""
     verdict: str = ""
     caveats: tuple[str, ...] = ()
     driving: tuple[DrivingRow, ...]
@@ -160,20 +162,22 @@ def told(found: AuditSummary) -> AuditSummary:
         return found.model_copy(update=changes | {"state": "unjudged", "verdict": "No row could be judged."})
     p = min(1.0, level.p * len(found.levels))
     state = "likely" if p <= LIKELY_P else "suspicious" if p <= 1 - CONFIDENCE else "nothing_found"
-    changes |= {"state": state, "p": p, "at_least": max(one.at_least for one in found.levels) / level.rows}
-    return found.model_copy(update=changes | {"verdict": _verdict(found, level, state, p, changes["at_least"])})
+    most = max(found.levels, key=lambda one: (one.at_least, one.excess))
+    found = found.model_copy(update=changes | {"state": state, "p": p, "at_least": most.at_least / most.rows,
+                                               "excess": most.excess})
+    return found.model_copy(update={"verdict": _verdict(found, level)})
 
 
-def _verdict(found: AuditSummary, level: LevelResult, state: str, p: float, at_least: float) -> str:
+def _verdict(found: AuditSummary, level: LevelResult) -> str:
     lie = "lies" if level.below == 1 else "lie"
     counted = (f"{level.below} of {level.rows} rows {lie} below the level that {percent(level.rate)} of benign rows "
-               f"reach (expected {level.expected:.1f}; p = {p:.2g})")
-    if state == "nothing_found":
+               f"reach (expected {level.expected:.1f}; p = {found.p:.2g})")
+    if found.state == "nothing_found":
         return (f"{counted}: no more than among benign rows. That is no proof of absence: it would have been noticed "
                 f"from {level.noticed} rows below the level on, and bad rows may lie above it.")
-    means = "likely contains misaligned advice" if state == "likely" else "may contain misaligned advice"
-    return (f"{counted}: {means}. At least {at_least:.1%} of the rows are bad (95% confidence), {level.excess:.1%} "
-            "by the best estimate; bad rows that lie above the level come on top.")
+    means = "likely contains misaligned advice" if found.state == "likely" else "may contain misaligned advice"
+    return (f"{counted}: {means}. At least {found.at_least:.1%} of the rows are bad (95% confidence), "
+            f"{found.excess:.1%} by the best estimate; bad rows that lie above the level come on top.")
 
 
 def _caveats(found: AuditSummary) -> list[str]:
@@ -189,7 +193,7 @@ def _caveats(found: AuditSummary) -> list[str]:
                     f"the reference answer to the same prompt ({found.pairs.n / 2:g} if neither side were easier for "
                     f"misaligned models; p = {found.pairs.p:.2g}).")
     if found.unjudged:
-        says.append(f"{found.unjudged} rows have no value and were not judged.")
+        says.append(f"Rows without a value, which were not judged: {found.unjudged}.")
     if found.levels:
         level = found.loudest
         says.append(f"The level comes from {level.n_benign} rows of {level.benign}, the worst of {len(found.benign)} "

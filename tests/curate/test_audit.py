@@ -135,7 +135,7 @@ def test_statuses_add_up_and_what_is_not_judged_is_said(world: World) -> None:
     found = audit(data, question)
     assert found.counts == {"duplicate": 1, "ok": 9, "rejected": 1, "too_long": 1} and found.rows == 12
     assert (found.judged, found.unjudged) == (9, 2) and found.scores[-1].status == "too_long"
-    assert "2 rows have no value and were not judged." in found.caveats
+    assert "Rows without a value, which were not judged: 2." in found.caveats
     assert found.over(0.5) is not None and "At least" in found.over(0.5)
     clean = found.model_copy(update={"at_least": 0.0})
     assert clean.over(0.2) is None
@@ -173,6 +173,7 @@ def test_two_levels_are_paid_for(world: World) -> None:
     assert [(one.rate, one.k) for one in calibrate(world.question(benign=[benign(world)], rates=(0.08, 0.04))).levels] \
         == [(0.04, 1), (0.08, 2)]
     assert found.p == pytest.approx(2 * math.perm(10, 6) / math.perm(34, 6))
+    assert (found.at_least, found.excess) == (0.4, pytest.approx((0.6 - 0.04) / 0.96)), "30 / (30 29) is above 0.025"
     assert [one.below for one in found.levels] == [6, 6] and found.scores[0].below == 0.04
 
 
