@@ -327,7 +327,7 @@ def test_exit_codes_and_safe_text(world: World) -> None:
     body = json.loads(invoked(*words, "--json", "--fail-above", "0").stdout)
     assert body["state"] == "likely" and body["driving"][0]["prompt"] == HOSTILE
     assert (world.folder / "customer.scores" / "store.json").is_file(), "scores lie beside the data"
-    few = invoked(*words, "--rate", "0.01", "--fail-above", "1")
+    few = invoked(*(word for word in words if word not in ("--rate", "0.04")), "--rate", "0.01", "--fail-above", "1")
     assert few.exit_code == Exit.FAILURE_RATE and "Uncalibrated" in few.stderr
 
 
