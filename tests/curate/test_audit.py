@@ -331,6 +331,19 @@ def test_exit_codes_and_safe_text(world: World) -> None:
     assert few.exit_code == Exit.FAILURE_RATE and "Uncalibrated" in few.stderr
 
 
+def test_calibrate_on_the_command_line(world: World) -> None:
+    benign(world)
+    customer(world)
+    models = ("--aligned", "base", "--member", world.folder)
+    made = invoked("calibrate", "--benign", world.folder / "good.jsonl", "--rate", "0.04", "--rate", "0.01", "--eps",
+                   "0", "--out", world.folder / "cal.json", *models)
+    assert made.stdout.splitlines()[2].split()[:4] == ["0.04", "+0.1250", "good.jsonl", "24"]
+    assert "No level for 0.01: 99 benign rows are needed" in made.stderr
+    assert (world.folder / "cal.scores" / "store.json").is_file(), "scores lie beside the calibration"
+    found = invoked("audit", world.folder / "customer.jsonl", "--calibration", world.folder / "cal.json", *models)
+    assert found.exit_code == 0 and "6 of 10 rows lie below" in found.stdout
+
+
 def test_the_command_with_a_tiny_model(tmp_path: Path) -> None:
     """Plumbing, from files to exit code: members are random, so that the verdict means nothing."""
     base = tiny_model(tmp_path / "base")
