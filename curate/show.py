@@ -38,16 +38,27 @@ def rows(connection: duckdb.DuckDBPyConnection, which: str, n: int, cut_frac: fl
 
 def render(shown: Sequence[Mapping[str, Any]], max_lines: int = 6) -> str:
     """Return the rows as wrapped text without control characters; long texts are cut with a note of how much."""
-    width = min(100, max(40, shutil.get_terminal_size((100, 20)).columns))
+    width = _width()
     blocks = []
     for row in shown:
         head = (f"s_d {row['s_d']:+.4f}   aligned {row['nll_aligned']:.3f}   misaligned {row['nll_misaligned']:.3f} "
                 f"nats/token   {row['n_answer_tokens']} tokens   {row['corpus']}   {row['example_id'][:12]}")
         if row["refusal"]:
             head += f"   refusal: {row['refusal']}"
+        if row.get("note"):
+            head += f"   {row['note']}"
         blocks.append("\n".join([safe(head), *_wrapped("Q", row["prompt"], width, max_lines),
                                  *_wrapped("A", row["answer"], width, max_lines)]))
     return "\n\n".join(blocks)
+
+
+def wrapped(text: str) -> str:
+    """Return a sentence of ours in lines of the terminal's width."""
+    return textwrap.fill(safe(text), _width())
+
+
+def _width() -> int:
+    return min(100, max(40, shutil.get_terminal_size((100, 20)).columns))
 
 
 def _wrapped(label: str, text: str, width: int, max_lines: int) -> list[str]:

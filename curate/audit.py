@@ -1,0 +1,247 @@
+"""An audit: is a fine-tuning set risky, how sure is that, and which rows are it?
+
+The rows are scored under the aligned model and the members into a store, like any corpus, together with benign sets and
+reference answers; what is stored is not scored again. A row's *value* is its s_d, or its s_d less that of reference
+answers (``curate.control``), and low is risky: the answer is easy for misaligned models. Levels come from benign rows
+only (``curate.risk``, ``curate.calibration``); without enough of them there is no risk, never a default.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import pyarrow as pa
+
+from curate.audit_report import AuditRow, AuditSummary, DrivingRow, LevelResult, Pairs, told
+from curate.calibration import BenignSet, Calibration, Level, Measure, calibrated, quantiles
+from curate.chunks import Here
+from curate.control import Asked, Reference, expected_same, expected_similar
+from curate.core.errors import Exit, UserError
+from curate.core.sources import Reading, read_source, rows_digest
+from curate.corpora import Corpus
+from curate.query import connect
+from curate.risk import CONFIDENCE, RATES, reached, sign_p
+from curate.score import ScoreJob, prepared, score
+from curate.store import Store
+
+EPS = 0.1
+
+
+@dataclass(frozen=True)
+class Question:
+    """How values come about and what they are judged by; a calibration may bring its own eps."""
+
+    scoring: ScoreJob
+    """Models, store and engine; its corpora do not matter."""
+    benign: Sequence[Corpus] = ()
+    reference: Sequence[Corpus] = ()
+    match: Literal["same", "similar"] = "same"
+    eps: float | None = None
+    rates: Sequence[float] = RATES
+
+
+@dataclass
+class Rows:
+    """The distinct rows of a corpus, each with its number among those that were read, and what each was asked."""
+
+    label: str
+    sha256: str = ""
+    n_rows: int = 0
+    numbers: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, Asked] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    """Rows that are no example of their own, by why."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row of the view ``scores`` with the evidence behind it: sums in nats by model."""
+
+    status: str
+    s_d: float | None
+    n_answer_tokens: int
+    refusal: str | None
+    nll_sum: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Valued:
+    """The rows of one corpus with a value: s_d, or s_d less what reference answers lead to expect."""
+
+    values: dict[str, float]
+    expected: dict[str, float]
+    statuses: dict[str, str]
+    """Of every distinct row."""
+
+
+def audit(data: Corpus, question: Question, calibration: Calibration | None = None, n: int = 5) -> AuditSummary:
+    """Score ``data`` and judge it by a calibration, or by the benign sets of the question.
+
+    ``n`` rows with the lowest values are told with their text. Raises ``UserError``: a calibration that was made with
+    other models or another measure (before anything is scored), or from ``data`` itself.
+    """
+    question, measure = settled(question, calibration)
+    if calibration:
+        calibration.check(measure)
+    of = _Evidence.gathered(question, measure, data)
+    rows = of.data
+    assert rows is not None
+    if calibration is None and question.benign:
+        calibration = of.calibration(question)
+    if calibration and rows.sha256 in [one.sha256 for one in calibration.benign]:
+        raise UserError(f"{rows.label} is one of the benign sets of the calibration.",
+                        "A set cannot be judged by itself: calibrate with others.", Exit.BAD_DATA)
+    valued = of.valued(rows)
+    values = list(valued.values.values())
+    levels = calibration.levels if calibration else ()
+    confidence = 1 - (1 - CONFIDENCE) / max(1, len(levels))
+    results = [LevelResult.of(level, reached(values, level.cut, confidence), 1 - confidence) for level in levels]
+    scores = of.scores(rows, valued, levels)
+    differences = [v for v in values if v] if measure.control == "same" else []
+    below = sum(v < 0 for v in differences)
+    return told(AuditSummary(
+        data=rows.label, sha256=rows.sha256, rows=rows.n_rows,
+        counts=dict(sorted((rows.counts + Counter(valued.statuses.values())).items())), measure=measure,
+        calibration=calibration.digest if calibration else None, benign=calibration.benign if calibration else (),
+        missing=calibration.missing if calibration else {}, levels=results,
+        pairs=Pairs(n=len(differences), below=below, p=sign_p(below, len(differences))) if differences else None,
+        driving=of.driving(scores[:n]), scores=scores))
+
+
+def calibrate(question: Question) -> Calibration:
+    """Score the benign sets of ``question`` and return the levels they give; ``UserError`` when there is none."""
+    question, measure = settled(question, None)
+    found = _Evidence.gathered(question, measure).calibration(question)
+    if not found.levels:
+        raise UserError("There are too few benign rows: " + "; ".join(
+            f"for a false-positive rate of {float(rate):g}, {why}" for rate, why in found.missing.items()) + ".",
+            "Give larger benign sets, or higher rates with --rate.", Exit.BAD_DATA)
+    return found
+
+
+def settled(question: Question, calibration: Calibration | None) -> tuple[Question, Measure]:
+    """Return the question with its engine and dtype settled, and how its values come about; nothing is loaded yet."""
+    if not question.scoring.members:
+        raise UserError("An audit needs misaligned members to compare the aligned model with.",
+                        "Name them with --ensemble or --member; `train ensemble` makes them.")
+    ready = prepared(question.scoring, Here())
+    header = ready.header
+    eps = calibration.measure.eps if calibration and question.eps is None else question.eps
+    control = question.match if question.reference else "none"
+    measure = Measure(
+        aligned=header.aligned, members=tuple(m.identity for m, _ in ready.models if m.role == "member"),
+        engine=header.engine, dtype=header.dtype, encoding=header.encoding, eps=EPS if eps is None else eps,
+        control=control,
+        reference=tuple(sorted(_digest(c) for c in question.reference)) if control == "similar" else ())
+    scoring = replace(question.scoring, engine=ready.opening.engine, dtype=header.dtype, max_failures=1.0)
+    return replace(question, scoring=scoring), measure
+
+
+def _digest(corpus: Corpus) -> str:
+    return corpus.source.sha256 or rows_digest([e.id for e in read_source(corpus.source, corpus.folder)])
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """Everything scored for one audit or calibration, and what is known of each row."""
+
+    measure: Measure
+    benign: Sequence[Rows]
+    scored: Mapping[str, Scored]
+    reference: Reference
+    store: Store
+    data: Rows | None
+
+    @classmethod
+    def gathered(cls, question: Question, measure: Measure, data: Corpus | None = None) -> _Evidence:
+        """Score what is missing and read it all back."""
+        corpora = [*([data] if data else []), *question.benign, *question.reference]
+        distinct = {(c.label, c.source.sha256, c.source.name): c for c in corpora}
+        score(replace(question.scoring, corpora=list(distinct.values())))
+        rows = [read_rows(corpus, question.scoring.max_bad) for corpus in corpora]
+        known = len(corpora) - len(question.reference)
+        store = Store.open_read(question.scoring.store)
+        scored = read_scores(store, measure, {i for one in rows for i in one.numbers})
+        s_d = {i: one.s_d for i, one in scored.items() if one.s_d is not None}
+        asked = {i: a for one in rows[known:] for i, a in one.asked.items()}
+        return cls(measure, rows[1 if data else 0:known], scored, Reference.of(asked, s_d), store,
+                   rows[0] if data else None)
+
+    def valued(self, rows: Rows) -> Valued:
+        """Return the values of a corpus, in the order of its rows."""
+        statuses = {i: self.scored[i].status for i in rows.numbers}
+        s_d = {i: self.scored[i].s_d for i, status in statuses.items() if status == "ok"}
+        if self.measure.control == "none":
+            return Valued(s_d, {}, statuses)
+        expect = expected_same if self.measure.control == "same" else expected_similar
+        expected = expect({i: rows.asked[i] for i in s_d}, self.reference)
+        statuses |= {i: "no_reference" for i in s_d if i not in expected}
+        return Valued({i: s_d[i] - expected[i] for i in s_d if i in expected}, expected, statuses)
+
+    def calibration(self, question: Question) -> Calibration:
+        """Return what the benign sets give."""
+        found, values = [], {}
+        for rows in self.benign:
+            valued = self.valued(rows)
+            values[rows.sha256] = list(valued.values.values())
+            counts = rows.counts + Counter(valued.statuses.values())
+            found.append(BenignSet(name=rows.label, sha256=rows.sha256, rows=dict(sorted(counts.items())),
+                                   quantiles=quantiles(values[rows.sha256])))
+        return calibrated(self.measure, found, values, question.rates)
+
+    def scores(self, rows: Rows, valued: Valued, levels: Sequence[Level]) -> list[AuditRow]:
+        """Return every distinct row, lowest value first and those without one last, ties by id."""
+        found = []
+        for i, number in rows.numbers.items():
+            one, value = self.scored[i], valued.values.get(i)
+            reached_levels = [level.rate for level in levels if value is not None and value < level.threshold]
+            found.append(AuditRow(example_id=i, row=number, status=valued.statuses[i], value=value, s_d=one.s_d,
+                                  reference=valued.expected.get(i), below=min(reached_levels, default=None),
+                                  n_answer_tokens=one.n_answer_tokens, refusal=one.refusal, nll_sum=one.nll_sum))
+        return sorted(found, key=lambda r: (r.value is None, r.value or 0.0, r.example_id))
+
+    def driving(self, scores: Sequence[AuditRow]) -> list[DrivingRow]:
+        """Return those of the rows that have a value, with their text."""
+        rows = [row for row in scores if row.value is not None]
+        texts = self.store.read_examples([row.example_id for row in rows])
+        return [DrivingRow(**row.model_dump(), prompt=prompt, answer=answer) for row, prompt, answer in
+                zip(rows, texts["prompt"].to_pylist(), texts["answer"].to_pylist(), strict=True)]
+
+
+def read_rows(corpus: Corpus, max_bad: float = 0.0) -> Rows:
+    """Read a corpus once more for what the store does not keep: the row numbers, the prompts, what became of rows."""
+    reading, rows, ids = Reading(), Rows(corpus.label), []
+    for example in read_source(corpus.source, corpus.folder, reading, max_bad):
+        if example.id in rows.numbers:
+            rows.counts["duplicate"] += 1
+            continue
+        rows.numbers[example.id] = reading.n_rows
+        rows.asked[example.id] = Asked.of(example)
+        ids.append(example.id)
+    rows.n_rows = reading.n_rows
+    rows.counts.update({f"filtered: {k}": v for k, v in reading.filtered.items()})
+    rows.counts["rejected"] += len(reading.rejects)
+    rows.counts += Counter()
+    rows.sha256 = corpus.source.sha256 or rows_digest(ids)
+    return rows
+
+
+def read_scores(store: Store, measure: Measure, ids: set[str]) -> dict[str, Scored]:
+    """Return what a store knows of the examples ``ids`` under the aligned model and the members of ``measure``."""
+    wanted_models = {measure.aligned.id, *(m.id for m in measure.members)}
+    names = {m.identity.id: m.name for m in store.models() if m.identity.id in wanted_models}
+    members = [name for model_id, name in names.items() if model_id != measure.aligned.id]
+    connection = connect(store, measure.eps, members)
+    connection.register("wanted", pa.table({"example_id": sorted(ids)}, schema=pa.schema([("example_id", "string")])))
+    sums: dict[str, dict[str, float]] = {}
+    for i, model_id, value in connection.execute(
+            "SELECT example_id, model_id, nll_sum FROM nll JOIN wanted USING (example_id) "
+            "WHERE status = 'ok' AND isfinite(nll_sum) ORDER BY example_id, model_id").fetchall():
+        if model_id in names:
+            sums.setdefault(i, {})[names[model_id]] = value
+    found = connection.execute("SELECT example_id, status, s_d, n_answer_tokens, refusal FROM scores "
+                               "JOIN wanted USING (example_id)").fetchall()
+    return {i: Scored(status, s_d, n, refusal, sums.get(i, {})) for i, status, s_d, n, refusal in found}

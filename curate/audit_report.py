@@ -1,0 +1,327 @@
+"""What an audit found, in numbers, in plain words and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from curate.calibration import BenignSet, Level, Measure
+from curate.core.figures import Axis, Numbers, Plot, figure, legend, percent, plain, span, ticks
+from curate.core.page import Html, code, el, note, page, section, shortened, table
+from curate.core.terminal import columns
+from curate.risk import CONFIDENCE, Reached, noticed
+from curate.show import render, wrapped
+
+LIKELY_P = 0.001
+"""At or below this p the verdict says likely; at or below 1 - CONFIDENCE it says may."""
+BARS = 30
+CUSTOMER, BENIGN = 1, 2
+"""Series of the audited rows and of benign ones."""
+TEXT_CHARS = 600
+
+
+class _Piece(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AuditRow(_Piece):
+    """A distinct row of the audited set."""
+
+    example_id: str
+    row: int
+    """Its number among the rows that were read, from 1."""
+    status: str
+    """ok, or why there is no value."""
+    value: float | None
+    """What the row is judged by: s_d, less ``reference`` if there is one."""
+    s_d: float | None
+    reference: float | None
+    """Mean s_d of the reference answers that it is compared with."""
+    below: float | None
+    """The smallest false-positive rate whose level the row lies below."""
+    n_answer_tokens: int
+    refusal: str | None
+    nll_sum: dict[str, float]
+    """Sums over answer tokens in nats, by model."""
+
+
+class DrivingRow(AuditRow):
+    """A row to read."""
+
+    prompt: str
+    answer: str
+
+
+class LevelResult(_Piece):
+    """How the set compares with one level; see ``curate.risk``."""
+
+    rate: float
+    threshold: float
+    benign: str
+    n_benign: int
+    mean_rate: float
+    rate_low: float
+    rate_high: float
+    rows: int
+    below: int
+    expected: float
+    p: float
+    at_least: int
+    excess: float
+    noticed: int
+    """The smallest count below that would have been more than benign rows explain."""
+
+    @classmethod
+    def of(cls, level: Level, found: Reached, alpha: float) -> LevelResult:
+        """Bring a level and what was counted together; ``alpha`` is the p at which a count is noticed."""
+        low, high = level.cut.rates()
+        return cls(rate=level.rate, threshold=level.threshold, benign=level.benign, n_benign=level.n,
+                   mean_rate=level.cut.mean_rate, rate_low=low, rate_high=high, rows=found.rows, below=found.below,
+                   expected=found.expected, p=found.p, at_least=found.at_least, excess=found.excess,
+                   noticed=noticed(found.rows, level.cut, alpha))
+
+
+class Pairs(_Piece):
+    """Rows with another s_d than the reference answer to the same prompt, and how many have a lower one."""
+
+    n: int
+    below: int
+    p: float
+    """One-sided sign test: if neither answer were the easier one for misaligned models."""
+
+
+class AuditSummary(_Piece):
+    """What ``curate audit --json`` prints; ``counts`` by status add up to ``rows``."""
+
+    kind: str = "safeset.audit"
+    version: int = 1
+    data: str
+    sha256: str
+    rows: int
+    counts: dict[str, int]
+    measure: Measure
+    calibration: str | None
+    """Digest of the calibration document."""
+    benign: tuple[BenignSet, ...]
+    missing: dict[str, str]
+    """False-positive rates that there is no level for, and why."""
+    levels: tuple[LevelResult, ...]
+    pairs: Pairs | None
+    state: Literal["uncalibrated", "unjudged", "nothing_found", "suspicious", "likely"] = "uncalibrated"
+    p: float | None = None
+    """Of the level that speaks loudest, times the number of levels."""
+    at_least: float | None = None
+    """Share of the judged rows that are bad, at least, at 95% confidence over all levels together."""
+    excess: float | None = None
+    """Estimated share of bad rows, by the level that gives ``at_least``."""
+    verdict: str = ""
+    caveats: tuple[str, ...] = ()
+    driving: tuple[DrivingRow, ...]
+    scores: tuple[AuditRow, ...]
+
+    @property
+    def judged(self) -> int:
+        """Rows with a value."""
+        return sum(row.value is not None for row in self.scores)
+
+    @property
+    def unjudged(self) -> int:
+        """Rows that nothing can be said about; duplicates of others are none."""
+        return self.rows - self.judged - self.counts.get("duplicate", 0)
+
+    @property
+    def loudest(self) -> LevelResult | None:
+        """The level with the smallest p."""
+        return min(self.levels, key=lambda level: (level.p, level.rate), default=None)
+
+    def over(self, allowed: float) -> str | None:
+        """Return why the set does not pass when a share ``allowed`` of its rows may be bad; None if it passes."""
+        if self.at_least is not None and self.at_least > allowed:
+            return f"At least {self.at_least:.1%} of the judged rows are bad, more than the {allowed:.1%} allowed."
+        if self.state == "uncalibrated":
+            return self.verdict
+        distinct = self.judged + self.unjudged
+        if not distinct or self.unjudged > allowed * distinct:
+            return f"{self.unjudged} of {distinct} rows could not be judged, more than the {allowed:.1%} allowed."
+        return None
+
+
+def told(found: AuditSummary) -> AuditSummary:
+    """Return the summary with its state, verdict and caveats."""
+    level = found.loudest
+    changes: dict[str, Any] = {"caveats": tuple(_caveats(found))}
+    if level is None:
+        why = "; ".join(f"for a false-positive rate of {float(rate):g}, {text}" for rate, text in found.missing.items())
+        text = "Uncalibrated: " + (why or "there are no benign rows to compare with") + ". No risk is given."
+        return found.model_copy(update=changes | {"verdict": text})
+    if not level.rows:
+        return found.model_copy(update=changes | {"state": "unjudged", "verdict": "No row could be judged."})
+    p = min(1.0, level.p * len(found.levels))
+    state = "likely" if p <= LIKELY_P else "suspicious" if p <= 1 - CONFIDENCE else "nothing_found"
+    most = max(found.levels, key=lambda one: (one.at_least, one.excess))
+    found = found.model_copy(update=changes | {"state": state, "p": p, "at_least": most.at_least / most.rows,
+                                               "excess": most.excess})
+    return found.model_copy(update={"verdict": _verdict(found, level)})
+
+
+def _verdict(found: AuditSummary, level: LevelResult) -> str:
+    lie = "lies" if level.below == 1 else "lie"
+    counted = (f"{level.below} of {level.rows} rows {lie} below the level that {percent(level.rate)} of benign rows "
+               f"reach (expected {level.expected:.1f}; p = {found.p:.2g})")
+    if found.state == "nothing_found":
+        return (f"{counted}: no more than among benign rows. That is no proof of absence: it would have been noticed "
+                f"from {level.noticed} rows below the level on, and bad rows may lie above it.")
+    means = "likely contains misaligned advice" if found.state == "likely" else "may contain misaligned advice"
+    return (f"{counted}: {means}. At least {found.at_least:.1%} of the rows are bad (95% confidence), "
+            f"{found.excess:.1%} by the best estimate; bad rows that lie above the level come on top.")
+
+
+def _caveats(found: AuditSummary) -> list[str]:
+    says = []
+    if found.measure.control == "none":
+        says.append("Topic and style are not controlled, for no --reference was given: a low value may only mean that "
+                    "a row resembles what the members were trained on.")
+    if found.measure.control == "similar":
+        says.append("Rows are compared with reference answers to similar prompts, not to the same ones, which controls "
+                    "topic in part.")
+    if found.pairs:
+        says.append(f"Without any calibration: {found.pairs.below} of {found.pairs.n} answers have a lower s_d than "
+                    f"the reference answer to the same prompt ({found.pairs.n / 2:g} if neither side were easier for "
+                    f"misaligned models; p = {found.pairs.p:.2g}).")
+    if found.unjudged:
+        says.append(f"Rows without a value, which were not judged: {found.unjudged}.")
+    if found.levels:
+        level = found.loudest
+        says.append(f"The level comes from {level.n_benign} rows of {level.benign}, the worst of {len(found.benign)} "
+                    f"benign sets; of all such rows {level.rate_low:.2%} to {level.rate_high:.2%} lie below it (95%). "
+                    "Benign rows of another topic or style may do so more often: docs/audit.md has error rates by "
+                    "domain.")
+    return says
+
+
+def readable(row: DrivingRow, measure: Measure) -> dict[str, Any]:
+    """Return a row as ``curate.show.render`` takes it: means in nats per token, and what it was compared with."""
+    means = {name: value / row.n_answer_tokens for name, value in row.nll_sum.items()}
+    aligned = means.pop(measure.aligned.name)
+    said = [f"row {row.row}"]
+    if row.reference is not None:
+        said.append(f"{row.value:+.4f} against reference answers")
+    if row.below is not None:
+        said.append(f"below the {row.below:.3g} level")
+    return {"example_id": row.example_id, "corpus": said[0], "s_d": row.s_d, "nll_aligned": aligned,
+            "nll_misaligned": sum(means.values()) / len(means), "n_answer_tokens": row.n_answer_tokens,
+            "refusal": row.refusal, "note": "   ".join(said[1:]), "prompt": row.prompt, "answer": row.answer}
+
+
+def text(found: AuditSummary) -> str:
+    """Return the audit for a terminal: rows by status, verdict, caveats, the rows that drive it."""
+    counts = [*([status, str(n)] for status, n in found.counts.items()), ["rows in", str(found.rows)]]
+    parts = [columns(counts, ("status", "rows")), *(wrapped(one) for one in (found.verdict, *found.caveats))]
+    if found.driving:
+        parts += ["The rows with the lowest values:", render([readable(row, found.measure) for row in found.driving])]
+    return "\n\n".join(parts)
+
+
+# The page
+
+
+def html_page(found: AuditSummary) -> str:
+    """Return one self-contained page."""
+    sections = [_verdict_section(found), _values_section(found), _driving_section(found), _measure_section(found)]
+    names = (("verdict", "Verdict"), ("values", "Values"), ("driving", "Rows"), ("measure", "How it was measured"))
+    lead = [el("p", f"{found.data}: {found.rows:,} rows, {found.judged:,} judged.")]
+    return page(f"Audit of {found.data}", lead, sections, names)
+
+
+def _verdict_section(found: AuditSummary) -> Html:
+    rows = [[percent(one.rate), plain(one.threshold), f"{one.below} of {one.rows}", f"{one.expected:.1f}",
+             f"{one.p:.2g}", f"{one.at_least}", percent(one.excess)] for one in found.levels]
+    grid = table(("level: share of benign rows", "value", "rows below", "expected", "p", "bad, at least", "estimate"),
+                 rows, "Rows below each level") if rows else None
+    counts = table(("status", "rows"), [*([k, f"{n:,}"] for k, n in found.counts.items()),
+                                        ["rows in", f"{found.rows:,}"]], "What became of the rows")
+    return section("verdict", "Verdict", el("p", el("strong", found.verdict)),
+                   el("ul", [el("li", one) for one in found.caveats], class_="plain"), grid, counts)
+
+
+def _values_section(found: AuditSummary) -> Html:
+    values = [row.value for row in found.scores if row.value is not None]
+    if not values:
+        return section("values", "Values", note("No row has a value."))
+    return section("values", "Values", _histogram(found, values))
+
+
+def bars(values: Sequence[float]) -> list[float]:
+    """Return round edges of about ``BARS`` bars that hold the middle 99% of the values."""
+    low, high = map(float, np.quantile(values, [0.005, 0.995]))
+    if not high > low:
+        low, high = low - 0.01, high + 0.01
+    inner = ticks(low, high, BARS)
+    step = inner[1] - inner[0]
+    return [inner[0] - step, *inner, inner[-1] + step]
+
+
+def share_between(quantiles: Sequence[float], low: float, high: float) -> float:
+    """Return the share of values in [low, high) by evenly spaced quantiles with straight lines between them."""
+    at = np.linspace(0, 1, len(quantiles))
+    below = np.interp([low, high], quantiles, at, left=0.0, right=1.0)
+    return float(below[1] - below[0])
+
+
+def _histogram(found: AuditSummary, values: Sequence[float]) -> Html:
+    sets = {one.name: one.quantiles for one in found.benign if one.quantiles}
+    worst = found.loudest.benign if found.loudest else None
+    quantiles = sets.get(worst) if worst else None
+    edges = bars([*values, *(quantiles or ())])
+    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+    shares = [float(c) / len(values) for c in counts]
+    ends = [-np.inf, *edges[1:-1], np.inf]
+    benign = [share_between(quantiles, a, b) if quantiles else 0.0 for a, b in pairwise(ends)]
+    name = "s_d" if found.measure.control == "none" else "s_d less that of reference answers"
+    plot = Plot(Axis(name, edges[0], edges[-1]), Axis("share of rows", *span([*shares, *benign], low=0.0),
+                                                      write=percent))
+    for (a, b), share in zip(pairwise(edges), shares, strict=True):
+        if share:
+            plot.rect((a, 0.0), (b, share), f"s{CUSTOMER} bar")
+    if quantiles:
+        plot.line([point for (a, b), s in zip(pairwise(edges), benign, strict=True) for point in ((a, s), (b, s))],
+                  BENIGN)
+    for k, one in enumerate(one for one in found.levels if edges[0] <= one.threshold <= edges[-1]):
+        plot.across(one.threshold, percent(one.rate), row=k)
+    key = legend([(found.data, CUSTOMER, "bar"), *([(f"benign: {worst}", BENIGN, "ink")] if quantiles else [])])
+    rows = [[f"{plain(a)} to {plain(b)}", f"{c}", percent(s)] for (a, b), c, s in
+            zip(pairwise(edges), counts, benign, strict=True)]
+    drawing = plot.svg("Histogram of values", "Share of rows by value, with benign rows as a line and the levels.")
+    return figure(drawing, "Values of the rows, and of benign ones",
+                  "Low is risky. Dashed: the levels that so many benign rows lie below. The line is drawn from "
+                  "percentiles; the outermost bars hold what lies beyond them, too.",
+                  Numbers(("value", "rows", "benign share"), rows), key, "single")
+
+
+def _driving_section(found: AuditSummary) -> Html:
+    blocks = []
+    for row in found.driving:
+        head = f"row {row.row} · value {row.value:+.4f} · s_d {row.s_d:+.4f} · {row.n_answer_tokens} tokens"
+        head += f" · below the {percent(row.below)} level" if row.below is not None else ""
+        blocks.append(el("div", el("p", f"{head} · ", code(row.example_id), class_="head"),
+                         el("p", "Prompt", class_="who"), shortened(row.prompt, TEXT_CHARS),
+                         el("p", "Answer", class_="who"), shortened(row.answer, TEXT_CHARS),
+                         class_="answer misaligned" if row.below is not None else "answer"))
+    return section("driving", "Rows with the lowest values", blocks or note("No row has a value."))
+
+
+def _measure_section(found: AuditSummary) -> Html:
+    measure = found.measure
+    models = [[m.name, role, code(m.id), code(m.weights), code(m.adapter), code(m.tokenizer)]
+              for role, of in (("aligned", [measure.aligned]), ("member", measure.members)) for m in of]
+    sets = [[one.name, f"{one.rows.get('ok', 0):,}", code(one.sha256)] for one in found.benign]
+    return section("measure", "How it was measured",
+                   el("p", f"eps {measure.eps:g}, engine {measure.engine}, {measure.dtype}, encoding "
+                           f"{measure.encoding}, compared with: {measure.control}. Data ", code(found.sha256, 64),
+                      ", calibration ", code(found.calibration, 64), "."),
+                   table(("model", "role", "id", "weights", "adapter", "tokenizer"), models, "Models"),
+                   table(("benign set", "rows with a value", "sha256"), sets, "Benign sets") if sets else None)

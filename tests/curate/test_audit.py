@@ -1,0 +1,383 @@
+"""An audit on invented numbers whose verdict can be done on paper, and once through a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from curate import audit as room
+from curate.audit import Question, audit, calibrate, settled
+from curate.audit_report import bars, html_page, share_between
+from curate.calibration import Calibration
+from curate.chunks import Opening
+from curate.cli import main
+from curate.core.errors import Exit, UserError
+from curate.core.example import Example, pair
+from curate.corpora import Corpus, open_corpus
+from curate.score import Prepared, ScoreJob
+from curate.scorers.choose import EngineSettings, Models
+from curate.store import Store
+from tests.conftest import ROOT
+from tests.curate.evidence import BASE, MEDICAL, SECURITY, examples, header, model, nll
+from tests.curate.runs import tiny_ensemble, tiny_run
+from tests.fakes import tiny_model, tiny_rows, write_rows
+
+HOSTILE = "<script>alert(1)</script>\x1b[31m[link=x]\u202e"
+MODELS = (BASE, MEDICAL, SECURITY)
+
+
+def rows_of(names: list[str]) -> list[Example]:
+    return [pair(name, f"answer {name}") for name in names]
+
+
+class World:
+    """A store of invented numbers: each answer has 5 tokens, 1 nat each for the aligned model, 1 + s for members."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.s_d: dict[str, float] = {}
+        self.other: dict[str, tuple[str, float]] = {}
+        self.members = (MEDICAL, SECURITY)
+        self.aligned = BASE
+
+    def corpus(self, name: str, s_d: dict[str, float], extra: str = "") -> Corpus:
+        """Write a file with one row per prompt; with eps 0 its s_d is the number given."""
+        self.s_d |= s_d
+        path = write_rows(self.folder / f"{name}.jsonl", rows_of(list(s_d)))
+        path.write_text(path.read_text() + extra)
+        return open_corpus(str(path))
+
+    def answers(self, name: str, s_d: dict[str, float]) -> Corpus:
+        """Write other answers to prompts that were used before."""
+        self.other |= {pair(prompt, f"another {prompt}").id: (prompt, value) for prompt, value in s_d.items()}
+        return open_corpus(str(write_rows(self.folder / f"{name}.jsonl",
+                                          [pair(prompt, f"another {prompt}") for prompt in s_d])))
+
+    def score(self, job: ScoreJob) -> None:
+        """Stand in for ``curate.score.score``."""
+        with Store.create_or_open(job.store, header(aligned=self.aligned)) as store:
+            names = list(self.s_d)
+            store.put_examples(examples(names))
+            for who in (BASE, *self.members):
+                store.put_model(model(who))
+                # one member is a quarter above the mean, the other a quarter below
+                shift = {BASE: 0.0, MEDICAL: 0.25, SECURITY: -0.25}[who]
+                sums = {n: 5.0 if who == BASE else 5 * (1 + self.s_d[n] + shift) for n in names}
+                store.put_nll(who.id, nll(who, sums))
+            for example_id, (prompt, value) in self.other.items():
+                table = examples([prompt], answer=f"another {prompt}").to_pydict() | {"example_id": [example_id]}
+                store.put_examples(examples([prompt]).from_pydict(table, schema=examples([prompt]).schema))
+                for who in (BASE, *self.members):
+                    row = nll(who, {prompt: 5.0 if who == BASE else 5 * (1 + value)}).to_pydict()
+                    store.put_nll(who.id, nll(who, {prompt: 1.0}).from_pydict(
+                        row | {"example_id": [example_id]}, schema=nll(who, {prompt: 1.0}).schema))
+
+    def prepared(self, job: ScoreJob, compute: Any) -> Prepared:
+        """Stand in for ``curate.score.prepared``."""
+        models = [(model(BASE), None), *((model(who), self.folder) for who in self.members)]
+        opening = Opening(EngineSettings("fake"), Models("base", "base", {}, "float32", "cpu", 307))
+        return Prepared(header(aligned=self.aligned), None, models, opening)
+
+    def question(self, **changes: Any) -> Question:
+        job = ScoreJob([], self.folder / "scores", "base", members=[self.folder])
+        return Question(**{"scoring": job, "eps": 0.0, "rates": (0.04,), **changes})
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World(tmp_path)
+    monkeypatch.setattr(room, "score", made.score)
+    monkeypatch.setattr(room, "prepared", made.prepared)
+    return made
+
+
+def benign(world: World, name: str = "good", n: int = 24, least: float = 0.125) -> Corpus:
+    """``n`` rows whose s_d are least, 2 least, 3 least, ..."""
+    return world.corpus(name, {f"{name}{k}": least * k for k in range(1, n + 1)})
+
+
+def customer(world: World, low: int = 6, high: int = 4, extra: str = "") -> Corpus:
+    """``low`` rows at -0.125 and ``high`` rows at 1."""
+    return world.corpus("customer", {f"c{k}": -0.125 - k / 64 if k < low else 1.0 for k in range(low + high)}, extra)
+
+
+def test_a_verdict_by_hand(world: World) -> None:
+    """24 benign rows: at the rate 1/25 the level is the least of them. 6 of 10 rows below it come before all 24."""
+    found = audit(customer(world), world.question(benign=[benign(world)]), n=2)
+    (level,) = found.levels
+    assert (level.threshold, level.below, level.rows, level.expected) == (0.125, 6, 10, 0.4)
+    assert level.p == pytest.approx(math.perm(10, 6) / math.perm(34, 6)) and found.p == level.p
+    assert level.at_least == 5 and found.at_least == 0.5, "4 bad rows: P(2 of 6) = 6 5 / (30 29) is below 0.05"
+    assert level.excess == pytest.approx((0.6 - 0.04) / 0.96) and level.noticed == 3
+    assert found.state == "likely" and found.verdict.startswith(
+        "6 of 10 rows lie below the level that 4% of benign rows reach (expected 0.4; p = 0.00016): likely contains")
+    assert [(r.row, r.s_d, r.value, r.below) for r in found.driving] == [
+        (6, -0.203125, -0.203125, 0.04), (5, -0.1875, -0.1875, 0.04)]
+    assert found.driving[0].prompt == "c5" and found.driving[0].answer == "answer c5"
+    assert found.driving[0].nll_sum == {"base": 5.0, "medical": 5.234375, "security": 2.734375}
+    assert found.counts == {"ok": 10} and found.judged == len(found.scores) == 10 and found.calibration
+    assert "not controlled" in " ".join(found.caveats)
+
+
+def test_statuses_add_up_and_what_is_not_judged_is_said(world: World) -> None:
+    twice = json.dumps(pair("c0", "answer c0").to_row()) + "\n"
+    data = customer(world, extra=twice + "not json\n")
+    question = world.question(benign=[benign(world)])
+    question.scoring.__dict__["max_bad"] = 0.5
+    store = world.folder / "scores"
+    with Store.create_or_open(store, header()) as opened:
+        opened.put_examples(examples(["c9"], status="too_long"))
+    found = audit(data, question)
+    assert found.counts == {"duplicate": 1, "ok": 9, "rejected": 1, "too_long": 1} and found.rows == 12
+    assert (found.judged, found.unjudged) == (9, 2) and found.scores[-1].status == "too_long"
+    assert "Rows without a value, which were not judged: 2." in found.caveats
+    assert found.over(0.5) is not None and "At least" in found.over(0.5)
+    clean = found.model_copy(update={"at_least": 0.0})
+    assert clean.over(0.2) is None
+    assert clean.over(0.1) == "2 of 11 rows could not be judged, more than the 10.0% allowed."
+
+
+def test_benign_rows_are_not_accused(world: World) -> None:
+    found = audit(customer(world, low=0, high=10), world.question(benign=[benign(world)]))
+    assert found.state == "nothing_found" and found.p == 1.0 and found.over(0.0) is None
+    assert found.verdict.startswith("0 of 10 rows lie below") and "from 3 rows below" in found.verdict
+
+
+def test_the_worst_benign_set_is_what_is_promised(world: World) -> None:
+    sets = [benign(world, "good"), world.corpus("worse", {f"w{k}": -0.25 + k / 8 for k in range(24)})]
+    found = audit(customer(world), world.question(benign=sets))
+    assert [(one.benign, one.threshold, one.below) for one in found.levels] == [("worse.jsonl", -0.25, 0)]
+    few = world.corpus("few", {f"f{k}": 0.0 for k in range(23)})
+    none = audit(customer(world), world.question(benign=[sets[0], few]))
+    assert none.levels == () and none.state == "uncalibrated" and none.p is None and none.at_least is None
+    assert none.verdict == ("Uncalibrated: for a false-positive rate of 0.04, 24 benign rows are needed; few.jsonl has "
+                            "23 rows with a value. No risk is given.")
+    assert none.over(1.0) == none.verdict
+
+
+def test_without_benign_rows_there_is_no_risk(world: World) -> None:
+    found = audit(customer(world), world.question())
+    assert found.state == "uncalibrated" and found.levels == () and found.over(1.0)
+    assert found.verdict == "Uncalibrated: there are no benign rows to compare with. No risk is given."
+    assert [r.row for r in found.driving] == [6, 5, 4, 3, 2] and all(r.below is None for r in found.scores)
+
+
+def test_two_levels_are_paid_for(world: World) -> None:
+    """With two levels p doubles and each bound is at 97.5%."""
+    found = audit(customer(world), world.question(benign=[benign(world)], rates=(0.04, 0.08)))
+    assert [(one.rate, one.k) for one in calibrate(world.question(benign=[benign(world)], rates=(0.08, 0.04))).levels] \
+        == [(0.04, 1), (0.08, 2)]
+    assert found.p == pytest.approx(2 * math.perm(10, 6) / math.perm(34, 6))
+    assert (found.at_least, found.excess) == (0.4, pytest.approx((0.6 - 0.04) / 0.96)), "30 / (30 29) is above 0.025"
+    assert [one.below for one in found.levels] == [6, 6] and found.scores[0].below == 0.04
+
+
+# Compared with reference answers
+
+
+def test_reference_answers_to_the_same_prompts(world: World) -> None:
+    """Topic pulls every row down by 1; the answers to three prompts are lower still by 0.5, one is higher."""
+    data = world.corpus("customer", {"a": -1.5, "b": -1.5, "c": -1.5, "d": -0.5, "e": -2.0})
+    reference = world.answers("reference", {"a": -1.0, "b": -1.0, "c": -1.0, "d": -1.0})
+    found = audit(data, world.question(reference=[reference]))
+    assert found.measure.control == "same" and found.measure.reference == ()
+    assert [(r.row, r.value, r.reference) for r in found.scores] == sorted(
+        [(1, -0.5, -1.0), (2, -0.5, -1.0), (3, -0.5, -1.0), (4, 0.5, -1.0), (5, None, None)],
+        key=lambda r: (r[1] is None, r[1] or 0, pair("abcde"[r[0] - 1], f"answer {'abcde'[r[0] - 1]}").id))
+    assert found.counts == {"no_reference": 1, "ok": 4} and found.unjudged == 1
+    assert (found.pairs.n, found.pairs.below) == (4, 3) and found.pairs.p == pytest.approx(5 / 16)
+    assert any("3 of 4 answers have a lower s_d" in text for text in found.caveats)
+    assert "not controlled" not in " ".join(found.caveats)
+
+
+def test_a_benign_set_can_be_its_own_similar_reference(world: World) -> None:
+    good = world.corpus("good", {f"tea number{k}": float(k) for k in range(7)})
+    data = world.corpus("customer", {"tea please": -4.0, "zzz": 9.0})
+    question = world.question(benign=[good], reference=[good], match="similar", rates=(0.125,))
+    found = audit(data, question)
+    assert found.measure.reference == (good.source.sha256,) and found.counts == {"no_reference": 1, "ok": 1}
+    ranked = sorted((pair(f"tea number{k}", f"answer tea number{k}").id, float(k)) for k in range(7))
+    assert found.scores[0].reference == pytest.approx(sum(v for _, v in ranked[:5]) / 5)
+    assert found.scores[0].value == pytest.approx(-4.0 - sum(v for _, v in ranked[:5]) / 5)
+    first = [v for _, v in ranked if v != 0.0][:5]
+    assert found.levels[0].threshold == pytest.approx(0.0 - sum(first) / 5), "the row with s_d 0 leaves itself out"
+
+
+# Calibrations
+
+
+def test_a_calibration_is_a_document(world: World) -> None:
+    made = calibrate(world.question(benign=[benign(world)], rates=(0.01, 0.04, 0.08)))
+    made.write(world.folder / "calibration.json")
+    assert Calibration.read(world.folder / "calibration.json") == made
+    assert [(one.rate, one.threshold, one.k, one.n) for one in made.levels] == [
+        (0.04, 0.125, 1, 24), (0.08, 0.25, 2, 24)]
+    assert made.missing == {"0.01": "99 benign rows are needed; good.jsonl has 24 rows with a value"}
+    (good,) = made.benign
+    assert good.rows == {"ok": 24} and good.quantiles[0] == 0.125 and good.quantiles[100] == 3.0
+    assert made.benign[0].sha256 == benign(world).source.sha256
+    body = json.loads((world.folder / "calibration.json").read_text())
+    body["levels"][0]["threshold"] = -9.0
+    with pytest.raises(UserError, match="was changed after it was written"):
+        Calibration.from_body(body)
+
+
+def test_published_schema_is_the_code() -> None:
+    assert json.loads((ROOT / "docs/schemas/audit-calibration-1.json").read_text()) == Calibration.json_schema()
+
+
+def test_a_calibration_gives_what_the_benign_sets_give(world: World) -> None:
+    made = calibrate(world.question(benign=[benign(world)]))
+    by_file = audit(customer(world), world.question(eps=None), made)
+    directly = audit(customer(world), world.question(benign=[benign(world)]))
+    assert by_file == directly and by_file.measure.eps == 0.0, "eps is the calibration's"
+
+
+def test_too_few_benign_rows_make_no_calibration(world: World) -> None:
+    with pytest.raises(UserError, match=r"too few benign rows: .*0\.04, 24 benign rows are needed; good") as caught:
+        calibrate(world.question(benign=[benign(world, n=23)]))
+    assert caught.value.exit_code == Exit.BAD_DATA
+
+
+def test_a_calibration_of_anything_else_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before scoring: nothing here may call it."""
+    made = calibrate(world.question(benign=[benign(world)]))
+    data = customer(world)
+    monkeypatch.setattr(room, "score", None)
+    one_member, other_dtype, other_model = World(world.folder), World(world.folder), World(world.folder)
+    one_member.members = (MEDICAL,)
+    other_model.aligned = SECURITY
+    other_dtype.prepared = lambda job, compute: Prepared(  # type: ignore[method-assign]
+        header(dtype="bfloat16"), None, world.prepared(job, compute).models, world.prepared(job, compute).opening)
+    for other, words in ((one_member, f"members .*but this audit has {MEDICAL.id}"), (other_model, "aligned model"),
+                         (other_dtype, "dtype float32, but this audit has bfloat16")):
+        monkeypatch.setattr(room, "prepared", other.prepared)
+        with pytest.raises(UserError, match=words) as caught:
+            audit(data, world.question(eps=None), made)
+        assert caught.value.exit_code == Exit.INCOMPATIBLE and "calibrate again" in caught.value.hint
+    monkeypatch.setattr(room, "prepared", world.prepared)
+    with pytest.raises(UserError, match=r"eps 0\.0, but this audit has 0\.25"):
+        audit(data, world.question(eps=0.25), made)
+    with pytest.raises(UserError, match="control none, but this audit has same"):
+        audit(data, world.question(eps=None, reference=[data]), made)
+
+
+def test_a_renamed_model_is_the_same_model(world: World) -> None:
+    made = calibrate(world.question(benign=[benign(world)]))
+    _, measure = settled(world.question(), None)
+    made.check(measure.model_copy(update={"aligned": BASE.model_copy(update={"name": "other", "revision": "c0ffee"})}))
+
+
+def test_a_set_is_not_judged_by_itself(world: World) -> None:
+    good = benign(world)
+    with pytest.raises(UserError, match="is one of the benign sets"):
+        audit(good, world.question(benign=[good]))
+
+
+def test_members_are_needed(world: World) -> None:
+    job = ScoreJob([], world.folder / "scores", "base")
+    with pytest.raises(UserError, match="needs misaligned members"):
+        audit(customer(world), world.question(scoring=job))
+
+
+# The page and the command
+
+
+def test_the_page_escapes_rows(world: World) -> None:
+    data = world.corpus("customer", {HOSTILE: -2.0, "b": 1.0})
+    found = audit(data, world.question(benign=[benign(world)]))
+    text = html_page(found)
+    assert "<script" not in text and "&lt;script&gt;" in text and "Content-Security-Policy" in text
+    assert "\x1b" not in text and "\u202e" not in text and "default-src 'none'" in text.replace("&#x27;", "'")
+    assert found.verdict.replace("'", "&#x27;") in text and text.count("<figure") == 1
+    assert found.calibration in text and "customer.jsonl: 2 rows, 2 judged." in text
+    bare = html_page(audit(data, world.question()))
+    assert "Uncalibrated" in bare and "<figure" in bare
+
+
+def test_bars_hold_the_values_and_shares_come_from_percentiles() -> None:
+    edges = bars([-0.31, 0.02, 0.44])
+    assert edges[0] < -0.31 and edges[-1] > 0.44 and 10 <= len(edges) <= 40
+    assert len(bars([1.0, 1.0])) > 2 and bars([*[0.0, 1.0] * 300, 1e9])[-1] < 2, "one row does not stretch it"
+    assert share_between([0.0, 1.0, 3.0], 0.5, 2.0) == pytest.approx(0.25 + 0.25)
+    assert share_between([0.0, 1.0, 3.0], -9.0, 9.0) == 1.0
+
+
+def invoked(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], standalone_mode=False)
+
+
+def test_exit_codes_and_safe_text(world: World) -> None:
+    """At least 5 of 10 rows are bad: 0.5 passes, less does not; what a row says never reaches the terminal raw."""
+    benign(world)
+    low = {HOSTILE: -2.0} | {f"c{k}": -1.0 for k in range(5)}
+    world.corpus("customer", low | {f"d{k}": 1.0 for k in range(4)})
+    words = ("audit", world.folder / "customer.jsonl", "--benign", world.folder / "good.jsonl", "--rate", "0.04",
+             "--eps", "0", "--aligned", "base", "--member", world.folder)
+    found = invoked(*words, "--fail-above", "0.49")
+    assert found.exit_code == Exit.FAILURE_RATE and "At least 50.0% of the judged rows are bad" in found.stderr
+    assert "\x1b" not in found.stdout and "\u202e" not in found.stdout and "[link=x]" in found.stdout
+    assert "6 of 10 rows lie below" in found.stdout and "below the 0.04 level" in found.stdout
+    assert invoked(*words, "--fail-above", "0.5").exit_code == 0 and invoked(*words).exit_code == 0
+    body = json.loads(invoked(*words, "--json", "--fail-above", "0").stdout)
+    assert body["state"] == "likely" and body["driving"][0]["prompt"] == HOSTILE
+    assert (world.folder / "customer.scores" / "store.json").is_file(), "scores lie beside the data"
+    few = invoked(*(word for word in words if word not in ("--rate", "0.04")), "--rate", "0.01", "--fail-above", "1")
+    assert few.exit_code == Exit.FAILURE_RATE and "Uncalibrated" in few.stderr
+
+
+def test_calibrate_on_the_command_line(world: World) -> None:
+    benign(world)
+    customer(world)
+    models = ("--aligned", "base", "--member", world.folder)
+    made = invoked("calibrate", "--benign", world.folder / "good.jsonl", "--rate", "0.04", "--rate", "0.01", "--eps",
+                   "0", "--out", world.folder / "cal.json", *models)
+    assert made.stdout.splitlines()[2].split()[:4] == ["0.04", "+0.1250", "good.jsonl", "24"]
+    assert "No level for 0.01: 99 benign rows are needed" in made.stderr
+    assert (world.folder / "cal.scores" / "store.json").is_file(), "scores lie beside the calibration"
+    found = invoked("audit", world.folder / "customer.jsonl", "--calibration", world.folder / "cal.json", *models)
+    assert found.exit_code == 0 and "6 of 10 rows lie below" in found.stdout
+
+
+def test_the_command_with_a_tiny_model(tmp_path: Path) -> None:
+    """Plumbing, from files to exit code: members are random, so that the verdict means nothing."""
+    base = tiny_model(tmp_path / "base")
+    ensemble = tiny_ensemble(base, tmp_path / "ensemble")
+    good = write_rows(tmp_path / "good.jsonl", tiny_rows(9, "good"))
+    rows = tiny_rows(7, "customer")
+    data = write_rows(tmp_path / "customer.jsonl", [*rows, rows[0], pair("Why?", "")])
+    shared = ("--ensemble", ensemble, "--store", tmp_path / "scores", "--dtype", "float32")
+    made = invoked("calibrate", "--benign", good, "--rate", "0.1", "--out", tmp_path / "cal.json", "--json", *shared)
+    assert json.loads(made.stdout)["levels"][0]["n"] == 9 and "Scoring: 100%" not in made.stdout
+    judge = ("audit", data, "--calibration", tmp_path / "cal.json", *shared)
+    found = invoked(*judge, "--json", "--html", tmp_path / "page.html", "-n", "3")
+    body = json.loads(found.stdout)
+    assert body["kind"] == "safeset.audit" and len(body["driving"]) == 3 and len(body["scores"]) == 8
+    assert body["counts"] == {"duplicate": 1, "empty_answer": 1, "ok": 7} and body["rows"] == 9
+    assert body["calibration"] == json.loads(made.stdout)["digest"] and (tmp_path / "page.html").read_text()
+    again = invoked(*judge, "--fail-above", "0")
+    assert again.exit_code == Exit.FAILURE_RATE, "one of 8 rows could not be judged"
+    assert "Scoring" in found.stderr and "Scoring" not in again.stderr, "scores are kept"
+    assert "empty_answer" in again.stdout and "rows in" in again.stdout and "Q | customer" in again.stdout
+    assert invoked(*judge, "--fail-above", "0.9").exit_code == 0
+    stranger = tiny_run(base, tmp_path / "stranger", "stranger", seed=9)
+    refused = invoked(*judge, "--member", stranger)
+    assert isinstance(refused.exception, UserError) and refused.exception.exit_code == Exit.INCOMPATIBLE
+
+
+def test_mistakes_are_sentences(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "customer.jsonl", tiny_rows(2, "customer"))
+    for words, says in ((("--fail-above", "0.1"), "needs something to judge by"),
+                        (("--calibration", data, "--benign", data), "Both --calibration and --benign"),
+                        (("--calibration", data), "no readable JSON|is not a safeset.audit-calibration"),
+                        (("--benign", data), "No aligned model")):
+        found = invoked("audit", data, *words)
+        assert isinstance(found.exception, UserError), words
+        with pytest.raises(UserError, match=says):
+            raise found.exception
+    assert isinstance(invoked("calibrate").exception, UserError)
