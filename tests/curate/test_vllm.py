@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-import curate.scorers.vllm as engine
+import curate.core.vllm as engine
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.model import load, load_tokenizer
 from curate.core.nll import AnswerNll
 from curate.scorers.choose import EngineSettings, Models, choose, open_scorer
 from curate.scorers.transformers import TransformersScorer
-from curate.scorers.vllm import MAX_BATCHED, MIN_BATCHED, VllmScorer, check_adapters, token_budget
+from curate.scorers.vllm import MAX_BATCHED, MIN_BATCHED, VllmScorer, token_budget
 from tests.curate.fake_vllm import EngineDeadError, FakeVllm
 from tests.curate.stub_server import rule
 from tests.fakes import tiny_adapter, tiny_model, tiny_rows
@@ -228,10 +228,10 @@ def test_adapters_that_vllm_would_misread_are_refused_before_it_starts(
     FakeVllm(on_cpu=not gpu_only).install(monkeypatch)
     folder = tiny_adapter(model, tmp_path / "odd", **lora)
     with pytest.raises(UserError, match=f"cannot take the adapter of 'odd': it {said}") as err:
-        check_adapters({"odd": folder}, on_gpu=True)
+        engine.check_adapters({"odd": folder}, on_gpu=True)
     assert err.value.exit_code == Exit.INCOMPATIBLE
     if gpu_only:
-        check_adapters({"odd": folder}, on_gpu=False)
+        engine.check_adapters({"odd": folder}, on_gpu=False)
     else:
         with pytest.raises(UserError, match=said):
             choose(EngineSettings("vllm"), "cpu", {"odd": folder})
