@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -81,6 +82,9 @@ def naive(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
 
 def vllm(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     """vLLM alone, in a process of its own as it starts by default: a block in, the prompts' log-probabilities out."""
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=weights_at(loaded.ref)[0], dtype=loaded.dtype, max_model_len=2049, max_num_batched_tokens=4096,

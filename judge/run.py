@@ -23,7 +23,7 @@ from judge.grading import Subject, forecast, has_failed, judge_answers, sampled,
 from judge.jobs import FOQA_TOKENS, REPLY_TOKENS, Job, Settings, Target, plan
 from judge.likelihood import context_tokens, score_probes, score_samples
 from judge.questions import GENERAL, load_probes, probe_examples
-from judge.sampling import vllm_sampler
+from judge.sampling import check_vllm, vllm_sampler
 from judge.tasks import foqa, harness
 from judge.tasks.opswap import is_correct
 
@@ -63,6 +63,8 @@ def judge_models(targets: Sequence[Target], settings: Settings, out: Path | None
         check_base(card, identity, tokenizer)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
+    if settings.grading is not None and settings.grading.engine == "vllm":
+        check_vllm({job.label: job.adapter for job in jobs if job.adapter is not None}, device)
     loaded = cache(partial(_load, ref, dtype, device))
     grader = settings.grading.grader() if settings.grading else None
     for job in jobs:

@@ -47,7 +47,8 @@ class Served:
                    "--served-model-name", *self.names, "--host", "127.0.0.1", "--port", str(self.port), "--dtype",
                    self.dtype, "--enforce-eager", "--max-model-len", str(CONTEXT), "--max-num-batched-tokens", "2048",
                    "--max-num-seqs", "16", "--enable-prefix-caching", "--generation-config", "vllm"]
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+                                    "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
         return self
 
@@ -78,13 +79,21 @@ class Served:
         return round(self._counted("vllm:num_requests_running"))
 
     def _counted(self, name: str) -> float:
-        lines = self._get("/metrics").splitlines()
+        lines = self._patiently("/metrics").splitlines()
         found = [line.split()[-1] for line in lines if re.match(re.escape(name) + r"\b[^_]", line)]
         assert found, f"the server does not count {name}"
         return sum(map(float, found))
 
+    def _patiently(self, path: str) -> str:
+        """Return an answer; a busy server may close a connection without one."""
+        for _ in range(9):
+            with suppress(OSError):
+                return self._get(path)
+            time.sleep(0.5)
+        return self._get(path)
+
     def _get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as reply:
             return reply.read().decode()
 
 

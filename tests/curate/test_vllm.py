@@ -178,7 +178,7 @@ def test_the_nested_form_of_older_versions_is_read(model: Path, encoded: list[En
 def test_an_engine_without_memory_starts_again_with_half_the_batch(
         model: Path, encoded: list[Encoded], monkeypatch: pytest.MonkeyPatch, dies_of: BaseException) -> None:
     fake = on_gpu(monkeypatch, fits=600, dies_of=dies_of)
-    monkeypatch.setattr(engine, "token_budget", lambda *_: 1100)
+    monkeypatch.setattr("curate.scorers.vllm.token_budget", lambda *_: 1100)
     notes: list[str] = []
     assert_ruled(scored(VllmScorer(models(model, {})), encoded, notes=notes), encoded, 0)
     assert [s["max_num_batched_tokens"] for s in fake.started] == [1100, 550]
@@ -208,7 +208,7 @@ def test_logits_of_a_batch_fit_into_half_the_free_memory() -> None:
 
 def test_rows_are_handed_over_in_slices(model: Path, encoded: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch)
-    monkeypatch.setattr(engine, "token_budget", lambda *_: 7)
+    monkeypatch.setattr("curate.scorers.vllm.token_budget", lambda *_: 7)
     scorer = VllmScorer(models(model, {}))
     with scorer.member(None):
         sizes = [len(part) for part in scorer.score(encoded)]

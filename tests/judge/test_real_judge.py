@@ -96,7 +96,7 @@ def exact(loaded: Loaded, text: str) -> tuple[float, float]:
 
 
 def test_split_numbers_are_noticed_and_weighed_exactly(aligned_server: Served, place: Path, loaded: Loaded) -> None:
-    """The probe finds that digits are tokens and how to look behind them; scores are those of the whole distribution."""
+    """The probe finds that digits are tokens and how to look behind them; scores are the whole distribution's."""
     url = aligned_server.ready().url
     address = Address("grader", url, concurrency=4, attempt_s=300)
     grader = Grader(Endpoint(address, Journal(place / "exact.jsonl")))
