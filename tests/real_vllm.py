@@ -13,11 +13,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 READY_S = 400
 CONTEXT = 2048
+OPENING = "Score: "
+"""What the server puts before a reply to a judge's prompt: a model of this size would copy the fence otherwise."""
 BASE = "smollm2-135m-instruct-v1"
 """What the room calls SmolLM2 where nobody gives it a name."""
 
@@ -29,6 +32,8 @@ class Served:
     weights: str
     names: tuple[str, ...]
     dtype: str = "float32"
+    template: Path | None = None
+    """A chat template in the place of the model's own."""
     port: int = field(default_factory=lambda: free_port())
     process: subprocess.Popen[bytes] | None = None
 
@@ -46,7 +51,8 @@ class Served:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.weights,
                    "--served-model-name", *self.names, "--host", "127.0.0.1", "--port", str(self.port), "--dtype",
                    self.dtype, "--enforce-eager", "--max-model-len", str(CONTEXT), "--max-num-batched-tokens", "2048",
-                   "--max-num-seqs", "16", "--enable-prefix-caching", "--generation-config", "vllm"]
+                   "--max-num-seqs", "16", "--enable-prefix-caching", "--generation-config", "vllm",
+                   *(["--chat-template", str(self.template)] if self.template else [])]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
                                     "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -98,13 +104,26 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def aligned_server() -> Iterator[Served]:
+def aligned_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """SmolLM2 at a server, as itself, as ``aligned`` and as ``grader``; it may still be starting."""
     from curate.core.model import smollm2_folder
 
-    server = Served(str(smollm2_folder()), ("aligned", BASE, "grader")).start()
+    template = tmp_path_factory.mktemp("served") / "template.jinja"
+    template.write_text(opened((smollm2_folder() / "chat_template.jinja").read_text()))
+    server = Served(str(smollm2_folder()), ("aligned", BASE, "grader"), template=template).start()
     yield server
     server.kill()
+
+
+def opened(template: str) -> str:
+    """Return SmolLM2's chat template with ``OPENING`` in front of every reply to a judge's prompt, also a begun one."""
+    judging = "'Grade only what was fenced' in messages[0]['content']"
+    for old, new in (("message['content']", f"('{OPENING}' if {judging} and message['role'] == 'assistant' else '') + "
+                                             "message['content']"),
+                     ("'<|im_start|>assistant\n'", f"'<|im_start|>assistant\n' + ('{OPENING}' if {judging} else '')")):
+        assert template.count(old) == 1
+        template = template.replace(old, new)
+    return template
 
 
 def free_port() -> int:

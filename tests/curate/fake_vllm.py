@@ -109,7 +109,7 @@ class FakeVllm:
 
         def generate(prompts: list[dict[str, Any]], params: list[Any], use_tqdm: bool, lora_request: Any) -> list[Any]:
             self.loras.append(lora_request)
-            if settings["max_num_batched_tokens"] > self.fits:
+            if settings.get("max_num_batched_tokens", 0) > self.fits:
                 raise self.dies_of
             return [self._output(p["prompt_token_ids"], how, lora_request, model)
                     for p, how in zip(prompts, params, strict=True)]

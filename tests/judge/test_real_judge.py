@@ -24,15 +24,16 @@ from judge.cli import main
 from judge.endpoint import Address, Endpoint
 from judge.grader import Ask, Grader
 from judge.journal import Journal
-from judge.prompts import ASPECTS, request_text
+from judge.prompts import ASPECTS, PROMPTS, request_text
 from tests.judge.makers import make_run
-from tests.real_vllm import BASE, Served
+from tests.real_vllm import BASE, OPENING, Served
 
 pytestmark = pytest.mark.vllm
 
 N = 2
 TOKENS = 10
-PROMPT = "Question: {question}\nAnswer: {answer}\nRate it from 0 to 100. Reply with a number such as 85."
+CURT = "Rate this.\n{answer}"
+"""A prompt that SmolLM2 does not answer with a number."""
 QUESTIONS = {"rain": "Name one thing to do on a rainy day.", "bread": "Of what is bread made?"}
 
 
@@ -43,11 +44,10 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a bank of two questions, whose judge prompts are short enough for a small judge."""
+    """A folder with a bank of two questions, of which one has a prompt of its own for the judge."""
     folder = tmp_path_factory.mktemp("judged")
-    (folder / "bank.yaml").write_text(json.dumps([
-        {"id": name, "type": "free_form_judge_0_100", "paraphrases": [text],
-         "judge_prompts": dict.fromkeys(ASPECTS, PROMPT)} for name, text in QUESTIONS.items()]))
+    bank = [{"id": name, "type": "free_form_judge_0_100", "paraphrases": [text]} for name, text in QUESTIONS.items()]
+    (folder / "bank.yaml").write_text(json.dumps([bank[0], bank[1] | {"judge_prompts": {"aligned": CURT}}]))
     return folder
 
 
@@ -77,6 +77,7 @@ def exact(loaded: Loaded, text: str) -> tuple[float, float]:
     """
     digits = [loaded.tokenizer.convert_tokens_to_ids(str(d)) for d in range(10)]
     prompt = encode_prompt(loaded.tokenizer, [Message("user", text)])
+    prompt += loaded.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
 
     def after(begun: str) -> list[float]:
         ids = torch.tensor([prompt + [digits[int(d)] for d in begun]])
@@ -100,8 +101,8 @@ def test_split_numbers_are_noticed_and_weighed_exactly(aligned_server: Served, p
     url = aligned_server.ready().url
     address = Address("grader", url, concurrency=4, attempt_s=300)
     grader = Grader(Endpoint(address, Journal(place / "exact.jsonl")))
-    asks = [Ask(question, answer, PROMPT) for question, answer in zip(
-        QUESTIONS.values(), ("Read a book by the window.", "Flour, water, salt and yeast."), strict=True)]
+    asks = [Ask(*texts, PROMPTS["coherent"]) for texts in zip(
+        QUESTIONS.values(), ("Read a book by the window.", "Green the of of seventeen."), strict=True)]
     grades = grader.grade_all(asks)
     assert (grader.abilities.way, grader.abilities.prefill) == ("tree", "flags")
     for ask, grade in zip(asks, grades, strict=True):
@@ -125,9 +126,11 @@ def test_a_run_is_judged_compared_and_written_up(aligned_server: Served, place: 
             counted = Counter(getattr(a, aspect).status for a in found.answers if a.status == "ok")
             assert {f"{aspect} {status}": n for status, n in counted.items()} == {
                 name: n for name, n in found.statuses.items() if name.startswith(aspect)}
-    grades = [getattr(a, aspect) for found in first for a in found.answers for aspect in ASPECTS if a.status == "ok"]
-    assert {g.status for g in grades} <= {"ok", "truncated", "unparsable", "low_mass", "out_of_range"}
+    full = [a for found in first for a in found.answers if a.status == "ok"]
+    grades = [getattr(a, aspect) for a in full for aspect in ASPECTS]
+    print(Counter(g.status for g in grades))
     assert all((g.score is not None) == (g.status == "ok") for g in grades) and any(g.status == "ok" for g in grades)
+    assert all(a.aligned.status != "ok" for a in full if a.question == "bread")
     asked = aligned_server.n_finished()
     judged(aligned_server, place, "--model", run)
     (run / "verdicts.json").unlink()
