@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -79,10 +80,16 @@ def exact(loaded: Loaded, text: str) -> tuple[float, float]:
     prompt = encode_prompt(loaded.tokenizer, [Message("user", text)])
     prompt += loaded.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
 
+    with torch.inference_mode():
+        read = loaded.model(input_ids=torch.tensor([prompt]), use_cache=True)
+
     def after(begun: str) -> list[float]:
-        ids = torch.tensor([prompt + [digits[int(d)] for d in begun]])
-        with torch.inference_mode():
-            return loaded.model(input_ids=ids).logits[0, -1].double().softmax(-1)[digits].tolist()
+        last = read
+        if begun:
+            with torch.inference_mode():
+                last = loaded.model(input_ids=torch.tensor([[digits[int(d)] for d in begun]]),
+                                    past_key_values=deepcopy(read.past_key_values))
+        return last.logits[0, -1].double().softmax(-1)[digits].tolist()
 
     follows = {begun: after(begun) for begun in ("", *map(str, range(1, 11)))}
 
