@@ -80,10 +80,6 @@ class Served:
         """Return how many requests it has finished, by its own count."""
         return round(self._counted("vllm:request_success_total"))
 
-    def n_running(self) -> int:
-        """Return how many requests it is working on."""
-        return round(self._counted("vllm:num_requests_running"))
-
     def _counted(self, name: str) -> float:
         lines = self._patiently("/metrics").splitlines()
         found = [line.split()[-1] for line in lines if re.match(re.escape(name) + r"\b[^_]", line)]
