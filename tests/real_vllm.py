@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
 READY_S = 400
 CONTEXT = 2048
 OPENING = "Score: "
@@ -53,8 +55,7 @@ class Served:
                    self.dtype, "--enforce-eager", "--max-model-len", str(CONTEXT), "--max-num-batched-tokens", "2048",
                    "--max-num-seqs", "16", "--enable-prefix-caching", "--generation-config", "vllm",
                    *(["--chat-template", str(self.template)] if self.template else [])]
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-                                    "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
         return self
 

@@ -139,6 +139,7 @@ def test_a_server_is_killed_at_work_and_comes_back(folder: Path, reference: Path
     with pytest.raises(UserError, match="the numbers it gave before") as err:
         run(folder, "server", members[:1], n=N_ROWS + 1, **swapped)
     assert err.value.exit_code == Exit.REMOTE and kept(folder / "server") == {BASE: N_ROWS, "m0": N_ROWS}
+    bad_server.kill()
 
 
 def kill_at_work(server: Served, after: int) -> None:
