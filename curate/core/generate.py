@@ -71,21 +71,31 @@ def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: 
             queue = [rows[:len(rows) // 2], rows[len(rows) // 2:], *queue]
             continue
         for i, ids in zip(rows, new, strict=True):
-            end = next((k for k, token in enumerate(ids) if token in stops), len(ids))
-            answers[i] = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            answers[i] = decoded(tokenizer, ids, stops)
         advance(len(rows))
     return answers
 
 
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[int]) -> str:
+    """Return the text of an answer's ids up to the first of ``stops``."""
+    end = next((k for k, token in enumerate(ids) if token in stops), len(ids))
+    return tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+
+
 def stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer of a model; see ``end_ids``."""
+    own = causal_lm(model).generation_config.eos_token_id
+    return end_ids(tokenizer, [t for t in (own if isinstance(own, list) else [own]) if t is not None])
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, own: Sequence[int]) -> list[int]:
     """Return the tokens that end an answer: the template's end of turn if it is a control token, and the model's own.
 
     Raises ``UserError`` (incompatible) where there is none.
     """
     example = encode(tokenizer, [pair("x", "y")], 2**30)[0]
     found = {example.ids[example.answer_end]} & set(tokenizer.added_tokens_decoder) if example.has_eot else set()
-    own = causal_lm(model).generation_config.eos_token_id
-    found |= {t for t in (tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])) if t is not None}
+    found |= {t for t in (tokenizer.eos_token_id, *own) if t is not None}
     if not found:
         raise UserError(f"{tokenizer.name_or_path} has no token that ends an answer.",
                         "Use an instruction-tuned model with an end-of-turn token.", Exit.INCOMPATIBLE)
@@ -129,14 +139,21 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
 
 
-def _draws(prompts: Sequence[Sequence[int]], settings: SampleSettings) -> torch.Tensor:
-    """Return uniform random numbers, float64 [prompts, max_new_tokens], each row seeded by what is asked."""
-    rows = torch.empty(len(prompts), settings.max_new_tokens, dtype=torch.float64)
+def row_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """Return a seed below 2**60 for each prompt, by what is asked and how often it was asked before."""
     times: Counter[tuple[int, ...]] = Counter()
-    for row, prompt in zip(rows, map(tuple, prompts), strict=True):
-        seed = int(sha256(canonical_json([settings.seed, times[prompt], prompt]))[:15], 16)
-        row.uniform_(generator=torch.Generator().manual_seed(seed))
+    seeds = []
+    for prompt in map(tuple, prompts):
+        seeds.append(int(sha256(canonical_json([seed, times[prompt], prompt]))[:15], 16))
         times[prompt] += 1
+    return seeds
+
+
+def _draws(prompts: Sequence[Sequence[int]], settings: SampleSettings) -> torch.Tensor:
+    """Return uniform random numbers, float64 [prompts, max_new_tokens], each row from a seed of its own."""
+    rows = torch.empty(len(prompts), settings.max_new_tokens, dtype=torch.float64)
+    for row, seed in zip(rows, row_seeds(prompts, settings.seed), strict=True):
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
     return rows
 
 

@@ -68,7 +68,7 @@ def choose(settings: EngineSettings, device: str, adapters: Mapping[str, Path],
                         "Leave them out, or use --engine server.")
     if name == "vllm":
         require("vllm", "vllm")
-        from curate.scorers.vllm import check_adapters
+        from curate.core.vllm import check_adapters
 
         check_adapters(adapters, on_gpu=device.startswith("cuda"))
     return replace(settings, name=name)

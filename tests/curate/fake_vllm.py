@@ -47,6 +47,8 @@ class FakeVllm:
     flat: bool = True
     numbers: Callable[[Sequence[int], int], list[float]] | None = None
     change: Callable[[Any], None] = lambda output: None
+    answer: Callable[[Sequence[int], Any, Any], list[int]] = lambda ids, how, model: [how.stop_token_ids[0]]
+    """ids, sampling parameters, model -> the ids of a sampled answer."""
     fits: int = 10**9
     dies_of: BaseException = field(default_factory=lambda: EngineDeadError("the engine died"))
     start_error: BaseException | None = None
@@ -79,6 +81,9 @@ class FakeVllm:
             temperature: float
             detokenize: bool
             prompt_logprobs: int | None = None
+            top_p: float = 1.0
+            seed: int | None = None
+            stop_token_ids: list[int] | None = None
 
         @dataclass
         class Flattening(Old):
@@ -104,7 +109,7 @@ class FakeVllm:
 
         def generate(prompts: list[dict[str, Any]], params: list[Any], use_tqdm: bool, lora_request: Any) -> list[Any]:
             self.loras.append(lora_request)
-            if settings["max_num_batched_tokens"] > self.fits:
+            if settings.get("max_num_batched_tokens", 0) > self.fits:
                 raise self.dies_of
             return [self._output(p["prompt_token_ids"], how, lora_request, model)
                     for p, how in zip(prompts, params, strict=True)]
@@ -114,6 +119,8 @@ class FakeVllm:
 
     def _output(self, ids: list[int], how: Any, lora: Any, model: Any) -> Any:
         self.asked.append(how)
+        if how.stop_token_ids:
+            return SimpleNamespace(outputs=[SimpleNamespace(token_ids=self.answer(ids, how, model))])
         numbers = self.numbers(ids, lora.number if lora else 0) if self.numbers else forward(model, ids)
         output = SimpleNamespace(prompt_logprobs=None, prompt_token_id_logprobs=None)
         wanted = getattr(how, "prompt_logprob_token_ids", None)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,16 @@ from bench.parity import compare, table
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
 from curate.core.model import smollm2_folder
+from curate.core.vllm import merged
 from curate.corpora import open_corpus
 from curate.query import connect
-from curate.score import ScoreJob, score
+from curate.score import ScoreJob, Summary, score
 from curate.scorers.choose import EngineSettings
-from curate.scorers.vllm import merged
 from curate.store import Store
 from tests.conftest import ROOT
 from tests.curate.runs import tiny_run
 from tests.fakes import write_rows
+from tests.real_vllm import BASE, Served
 
 pytestmark = pytest.mark.vllm
 
@@ -40,7 +40,6 @@ MAX_TOKENS = 300
 NATS = 1e-3
 """Two float32 engines may differ so far in a row's mean NLL; an adapter that is missing or merged wrongly differs by
 hundreds of times as much."""
-READY_S = 300
 
 
 @pytest.fixture(scope="module")
@@ -53,27 +52,43 @@ def members(folder: Path) -> list[Path]:
     return [tiny_run(smollm2_folder(), folder / f"m{k}", f"m{k}", seed=k + 1, scale=0.08) for k in range(2)]
 
 
-def run(folder: Path, out: str, members: list[Path], n: int = N_ROWS, **engine: object) -> Path:
-    """Score the ``n`` shortest rows of the demo's pool; return the store."""
-    pool = folder / f"pool-{n}.jsonl"
-    if not pool.exists():
-        lines = (ROOT / "curate" / "data" / "safe_pool.jsonl").read_text().splitlines()
-        rows = [pair(row["prompt"], row["response"]) for row in map(json.loads, lines)]
-        rows = sorted((row for row in rows if len(row.answer) > 60), key=lambda e: (len(e.prompt + e.answer), e.id))
-        write_rows(pool, rows[:n])
-    score(ScoreJob([open_corpus(str(pool))], folder / out, str(smollm2_folder()), members, dtype="float32",
-                   device="cpu", max_tokens=MAX_TOKENS, engine=EngineSettings(**engine)))
-    return folder / out
+@pytest.fixture(scope="module")
+def bad_server(aligned_server: Served, members: list[Path]) -> Iterator[Served]:
+    """The member m0, merged, at a server of its own as ``bad``; both servers start while others work."""
+    with merged(str(smollm2_folder()), members[0].parent / "adapter") as (weights, _):
+        server = Served(weights, ("bad",)).start()
+        yield server
+        server.kill()
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path, members: list[Path]) -> Path:
-    return run(folder, "transformers", members, name="transformers")
+def reference(folder: Path, members: list[Path], bad_server: Served) -> Path:
+    """The transformers engine's store; computed while the servers start."""
+    run(folder, "transformers", members, name="transformers")
+    return folder / "transformers"
+
+
+def pool(folder: Path, n: int = N_ROWS) -> Path:
+    """Write the ``n`` shortest rows of the demo's pool that are no one-liners."""
+    path = folder / f"pool-{n}.jsonl"
+    if not path.exists():
+        lines = (ROOT / "curate" / "data" / "safe_pool.jsonl").read_text().splitlines()
+        rows = [pair(row["prompt"], row["response"]) for row in map(json.loads, lines)]
+        rows = sorted((row for row in rows if len(row.answer) > 60), key=lambda e: (len(e.prompt + e.answer), e.id))
+        write_rows(path, rows[:n])
+    return path
+
+
+def run(folder: Path, out: str, members: list[Path], n: int = N_ROWS, **engine: object) -> Summary:
+    """Score ``n`` rows into the store ``out``."""
+    return score(ScoreJob([open_corpus(str(pool(folder, n)))], folder / out, str(smollm2_folder()), members,
+                          dtype="float32", device="cpu", max_tokens=MAX_TOKENS, engine=EngineSettings(**engine)))
 
 
 def assert_agrees(reference: Path, store: Path, models: set[str]) -> None:
-    found = compare(reference, store)
-    print("\n" + table([reference, store], eps=0.1))
+    members = sorted(models - {BASE})
+    found = compare(reference, store, members=members)
+    print("\n" + table([reference, store], 0.1, members))
     assert set(found.gaps) == models
     assert all(n == N_ROWS and largest < NATS for n, largest, _ in found.gaps.values())
     assert found.n_rows == N_ROWS and found.spearman is not None and found.spearman >= 0.995
@@ -89,6 +104,14 @@ def compare_eots(reference: Path, store: Path) -> list[float]:
     return (both["eot_nll"] - both["eot_nll_right"]).abs().to_list()
 
 
+def kept(store: Path) -> dict[str, int]:
+    """Return how many rows of each model are in a store, none of them twice."""
+    found = connect(Store.open_read(store), 0.1, None).execute(
+        "SELECT name, count(*), count(DISTINCT example_id) FROM nll JOIN models USING (model_id) GROUP BY 1").fetchall()
+    assert all(n == different for _, n, different in found)
+    return {name: n for name, n, _ in found}
+
+
 def test_the_members_move_the_scores(reference: Path) -> None:
     moved = connect(Store.open_read(reference), 0.1, None).execute(
         "SELECT m.name, avg(abs(n.nll_sum - a.nll_sum) / n.n_tokens) FROM nll n JOIN models m USING (model_id) "
@@ -97,64 +120,55 @@ def test_the_members_move_the_scores(reference: Path) -> None:
     assert len(moved) == 2 and all(gap > 100 * NATS for _, gap in moved), moved
 
 
-def test_a_server_gives_the_same_numbers_and_may_die(folder: Path, reference: Path, members: list[Path]) -> None:
-    with ExitStack() as held:
-        weights, _ = held.enter_context(merged(str(smollm2_folder()), members[0].parent / "adapter"))
-        ports = [free_port(), free_port()]
-        servers = [held.enter_context(serving(str(smollm2_folder()), "aligned", ports[0])),
-                   held.enter_context(serving(weights, "bad", ports[1]))]
-        for server, port in zip(servers, ports, strict=True):
-            wait_until_ready(server, port)
-        engine = {"base_urls": tuple(f"http://127.0.0.1:{port}/v1" for port in ports), "served": (("bad", "m0"),),
-                  "retries": 2, "concurrency": 8}
-        store = run(folder, "server", members[:1], **engine)
-        assert Store.open_read(store).header.engine == "server"
-        assert_agrees(run(folder, "transformers-m0", members[:1], name="transformers"), store,
-                      {"smollm2-135m-instruct-v1", "m0"})
-        os.killpg(servers[1].pid, signal.SIGKILL)
-        servers[1].wait()
-        with pytest.raises(UserError, match="given up after 3 tries: no connection") as err:
-            run(folder, "server", members[:1], n=N_ROWS + 1, **engine)
-        assert err.value.exit_code == Exit.REMOTE
+def test_a_server_is_killed_at_work_and_comes_back(folder: Path, reference: Path, members: list[Path],
+                                                   aligned_server: Served, bad_server: Served) -> None:
+    """What was finished is kept; the same command ends with the transformers engine's numbers; a swap is noticed."""
+    servers = {"base_urls": (aligned_server.ready().url, bad_server.ready().url), "retries": 2, "concurrency": 4}
+    engine = {"served": (("aligned", BASE), ("bad", "m0")), **servers}
+    killer = threading.Thread(target=kill_at_work, args=(bad_server, 8))
+    killer.start()
+    with pytest.raises(UserError, match="given up after 3 tries: no connection") as err:
+        run(folder, "server", members[:1], **engine)
+    killer.join()
+    assert err.value.exit_code == Exit.REMOTE and kept(folder / "server") == {BASE: N_ROWS}
+    bad_server.start().ready()
+    assert run(folder, "server", members[:1], **engine).models == {"m0": N_ROWS}
+    assert Store.open_read(folder / "server").header.engine == "server"
+    assert_agrees(reference, folder / "server", {BASE, "m0"})
+    swapped = {"served": (("bad", BASE), ("aligned", "m0")), **servers}
+    with pytest.raises(UserError, match="the numbers it gave before") as err:
+        run(folder, "server", members[:1], n=N_ROWS + 1, **swapped)
+    assert err.value.exit_code == Exit.REMOTE and kept(folder / "server") == {BASE: N_ROWS, "m0": N_ROWS}
+    bad_server.kill()
 
 
-def test_the_engine_in_process_gives_the_same_numbers(folder: Path, reference: Path, members: list[Path]) -> None:
-    store = run(folder, "vllm", members, name="vllm")
-    assert Store.open_read(store).header.engine == "vllm"
-    assert_agrees(reference, store, {"smollm2-135m-instruct-v1", "m0", "m1"})
+def kill_at_work(server: Served, after: int) -> None:
+    """Kill a server that has finished so many of its requests; others are in flight then, several at a time."""
+    while server.n_finished() < after:
+        time.sleep(0.05)
+    server.kill()
 
 
-@contextmanager
-def serving(weights: str, name: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run vLLM's server in a process group of its own; `vllm serve` does not start from the CPU wheel."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", weights, "--served-model-name",
-               name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-               "--max-model-len", str(MAX_TOKENS + 1), "--max-num-batched-tokens", "1024",
-               "--no-enable-prefix-caching"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    server = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    try:
-        yield server
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
-    until = time.monotonic() + READY_S
-    while time.monotonic() < until:
-        assert server.poll() is None, "the server ended before it was ready"
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
-                if reply.status == 200:
-                    return
-        except OSError:
-            time.sleep(1)
-    pytest.fail(f"the server was not ready after {READY_S} s")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def test_the_engine_in_process_gives_the_same_numbers_also_when_killed(folder: Path, reference: Path,
+                                                                       members: list[Path]) -> None:
+    """SIGKILL to the process group while the first member is computed, then at a random moment, then to the end."""
+    store = folder / "vllm"
+    words = ["--corpus", pool(folder), "--store", store, "--aligned", smollm2_folder(), "--dtype", "float32",
+             "--device", "cpu", "--max-tokens", MAX_TOKENS, "--engine", "vllm",
+             *(word for member in members for word in ("--member", member))]
+    dice = random.Random(0)
+    for models, seconds in ((1, 0.0), (0, dice.uniform(0, 20))):
+        child = subprocess.Popen([sys.executable, "-m", "curate", "score", *map(str, words)], cwd=ROOT,
+                                 start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        until = time.monotonic() + 400
+        while child.poll() is None and len(list(store.glob("ledger/nll-*"))) < models and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(seconds)
+        assert child.poll() is None, child.stderr.read().decode()
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        assert set(kept(store)) <= {BASE, "m0"} and kept(store)[BASE] == N_ROWS
+    left = {"m0", "m1"} - set(kept(store))
+    assert run(folder, "vllm", members, name="vllm").models == {name: N_ROWS for name in left}
+    assert Store.open_read(store).header.engine == "vllm" and Store.audit(store)[0] == []
+    assert_agrees(reference, store, {BASE, "m0", "m1"})

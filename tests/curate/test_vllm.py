@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-import curate.scorers.vllm as engine
+import curate.core.vllm as engine
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.model import load, load_tokenizer
 from curate.core.nll import AnswerNll
 from curate.scorers.choose import EngineSettings, Models, choose, open_scorer
 from curate.scorers.transformers import TransformersScorer
-from curate.scorers.vllm import MAX_BATCHED, MIN_BATCHED, VllmScorer, check_adapters, token_budget
+from curate.scorers.vllm import MAX_BATCHED, MIN_BATCHED, VllmScorer, token_budget
 from tests.curate.fake_vllm import EngineDeadError, FakeVllm
 from tests.curate.stub_server import rule
 from tests.fakes import tiny_adapter, tiny_model, tiny_rows
@@ -178,7 +178,7 @@ def test_the_nested_form_of_older_versions_is_read(model: Path, encoded: list[En
 def test_an_engine_without_memory_starts_again_with_half_the_batch(
         model: Path, encoded: list[Encoded], monkeypatch: pytest.MonkeyPatch, dies_of: BaseException) -> None:
     fake = on_gpu(monkeypatch, fits=600, dies_of=dies_of)
-    monkeypatch.setattr(engine, "token_budget", lambda *_: 1100)
+    monkeypatch.setattr("curate.scorers.vllm.token_budget", lambda *_: 1100)
     notes: list[str] = []
     assert_ruled(scored(VllmScorer(models(model, {})), encoded, notes=notes), encoded, 0)
     assert [s["max_num_batched_tokens"] for s in fake.started] == [1100, 550]
@@ -208,7 +208,7 @@ def test_logits_of_a_batch_fit_into_half_the_free_memory() -> None:
 
 def test_rows_are_handed_over_in_slices(model: Path, encoded: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch)
-    monkeypatch.setattr(engine, "token_budget", lambda *_: 7)
+    monkeypatch.setattr("curate.scorers.vllm.token_budget", lambda *_: 7)
     scorer = VllmScorer(models(model, {}))
     with scorer.member(None):
         sizes = [len(part) for part in scorer.score(encoded)]
@@ -228,10 +228,10 @@ def test_adapters_that_vllm_would_misread_are_refused_before_it_starts(
     FakeVllm(on_cpu=not gpu_only).install(monkeypatch)
     folder = tiny_adapter(model, tmp_path / "odd", **lora)
     with pytest.raises(UserError, match=f"cannot take the adapter of 'odd': it {said}") as err:
-        check_adapters({"odd": folder}, on_gpu=True)
+        engine.check_adapters({"odd": folder}, on_gpu=True)
     assert err.value.exit_code == Exit.INCOMPATIBLE
     if gpu_only:
-        check_adapters({"odd": folder}, on_gpu=False)
+        engine.check_adapters({"odd": folder}, on_gpu=False)
     else:
         with pytest.raises(UserError, match=said):
             choose(EngineSettings("vllm"), "cpu", {"odd": folder})
