@@ -313,7 +313,7 @@ def audit(data: str, as_json: bool, **options: Any) -> None:
 
 
 def _audit_job(options: dict[str, Any]) -> Any:
-    return _score_job((), options)
+    return score_job((), options)
 
 
 @main.command()
