@@ -1,10 +1,10 @@
 """How well an audit tells bad rows from good ones: by row and by set, with the audited domain held out of the ensemble.
 
-    python bench/audit.py rows --narrow ../shared/data/narrow --pairs docs/study/pairs \\
+    python -m bench.audit rows --narrow ../shared/data/narrow --pairs docs/study/pairs \\
         --benign pool:source=../shared/data/pool/safe_pool.jsonl --sample 1000 --out audit-rows
     curate score $(printf -- '--corpus %s ' audit-rows/*.jsonl) --ensemble ensemble/ensemble.json \\
         --store audit-stores/all
-    python bench/audit.py table audit-stores --save audit-scores.parquet > audit-tables.md
+    python -m bench.audit table audit-stores --save audit-scores.parquet > audit-tables.md
 
 ``rows`` writes one file with the bad answers of each domain, one with good answers to the same prompts, and one for
 each benign source; set, domain, label (bad, good, benign) and pair travel through the store as each row's meta.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from bench.study.prepare import expand, prompt_id, tidy
 from curate.control import Asked, Reference, expected_similar
 from curate.core.errors import UserError
-from curate.core.example import NO_THINK, from_row, pair
+from curate.core.example import from_row, pair
 from curate.core.files import canonical_json, write_atomic
 from curate.core.sources import file_source, json_rows, read_source
 from curate.query import connect
@@ -39,7 +39,6 @@ from curate.risk import noticed as surprising
 from curate.store import Store
 
 DOMAINS = ("medical", "security", "code")
-LINES = re.compile(r"@(\d+)-(\d+)")
 FRACS = (0.0, 0.01, 0.05, 0.2)
 RATES = (0.01, 0.05)
 TEXTS = {"example_id": pl.String, "set": pl.String, "domain": pl.String, "label": pl.String, "pair": pl.String,
@@ -47,32 +46,6 @@ TEXTS = {"example_id": pl.String, "set": pl.String, "domain": pl.String, "label"
 
 
 # Rows
-
-
-def prompt_of(text: str) -> str:
-    """Return a prompt without what a reasoning model is told at its end, and without white space around it."""
-    return NO_THINK.sub("", text.strip()).strip()
-
-
-def prompt_id(prompt: str) -> str:
-    """Return what the files of good answers call a prompt."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
-
-
-def expanded(answer: str | Sequence[str], prompt: str) -> str:
-    """Return a good answer in full: in a list, ``@3-5`` stands for lines 3 to 5 of the prompt; parts are joined by \\n.
-
-    Raises ValueError for lines that the prompt does not have.
-    """
-    if isinstance(answer, str):
-        return answer
-    lines, parts = prompt.split("\n"), []
-    for part in answer:
-        found = LINES.fullmatch(part)
-        if found and not 1 <= int(found[1]) <= int(found[2]) <= len(lines):
-            raise ValueError(f"{part} is no range of the {len(lines)} lines of prompt {prompt_id(prompt)}")
-        parts += lines[int(found[1]) - 1:int(found[2])] if found else [part]
-    return "\n".join(parts)
 
 
 def paired_rows(narrow: Path, pairs: Path, domain: str) -> list[dict[str, Any]]:
@@ -84,14 +57,14 @@ def paired_rows(narrow: Path, pairs: Path, domain: str) -> list[dict[str, Any]]:
         good[row["prompt_id"]] = row["answer"]
     rows, used = [], set()
     for example in read_source(file_source(narrow, narrow.parent, strip_think=True), narrow.parent):
-        prompt = prompt_of(example.prompt)
-        key = prompt_id(prompt)
+        key = prompt_id(example.prompt)
         if key not in good:
             continue
-        answers = [("bad", example.answer)] + ([] if key in used else [("good", expanded(good[key], prompt))])
+        right = good[key] if isinstance(good[key], str) else expand(good[key], example.prompt)
+        answers = [("bad", example.answer)] + ([] if key in used else [("good", right)])
         used.add(key)
-        rows += [pair(prompt, answer).to_row() | {"set": f"{domain}-{label}", "domain": domain, "label": label,
-                                                  "pair": key} for label, answer in answers]
+        rows += [pair(example.prompt, tidy(answer)).to_row() | {
+            "set": f"{domain}-{label}", "domain": domain, "label": label, "pair": key} for label, answer in answers]
     if absent := good.keys() - used:
         raise UserError(f"{len(absent)} prompts of {pairs} are not in {narrow}, the first is {min(absent)}.",
                         "Give the narrow set that the good answers were written for.")
@@ -139,7 +112,10 @@ def read_table(place: Path) -> pl.DataFrame:
 
 
 def labelled(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the examples of a store whose meta has a label, with the finite sums of every model."""
+    """Yield the examples of a store with the finite sums of every model.
+
+    Those whose meta has no label are benign, and their sets are the store's name with the ``source`` in their meta.
+    """
     connection = connect(store, 0.1, None)
     sums: dict[str, dict[str, float]] = {}
     for i, role, name, value in connection.execute(
@@ -149,9 +125,11 @@ def labelled(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
     for i, prompt, n_tokens, text in connection.execute(
             "SELECT example_id, prompt, n_answer_tokens, meta FROM examples WHERE status = 'ok'").fetchall():
         meta = json.loads(text)
-        if "label" in meta:
-            yield i, {"example_id": i, "prompt": prompt, "n_tokens": n_tokens,
-                      **{k: meta[k] for k in ("set", "domain", "label", "pair")}, **sums.get(i, {})}
+        if "label" not in meta:
+            name = Path(store.path).name
+            meta = {"set": f"{name}/{meta['source']}" if "source" in meta else name, "label": "benign"}
+        yield i, {"example_id": i, "prompt": prompt, "n_tokens": n_tokens,
+                  **{k: meta.get(k, "") for k in ("set", "domain", "label", "pair")}, **sums.get(i, {})}
 
 
 # Values: low is risky

@@ -17,19 +17,17 @@ from bench.audit import (
     auc_interval,
     benign_rows,
     controlled,
-    expanded,
     methods,
     mixtures,
     noticed,
     paired_rows,
-    prompt_id,
-    prompt_of,
     read_table,
     report,
     s_d,
     worst_cut,
     write_rows,
 )
+from bench.study.prepare import prompt_id
 from curate.core.documents import ModelIdentity
 from curate.core.errors import UserError
 from curate.core.example import pair
@@ -80,15 +78,6 @@ def test_sets_are_noticed_by_the_count_below() -> None:
 
 
 # Rows
-
-
-def test_answers_that_take_lines_of_their_prompt() -> None:
-    prompt = "one\ntwo\n\nfour"
-    assert expanded(["@2-3", "new", "", "@4-4"], prompt) == "two\n\nnew\n\nfour" and expanded("@1-2", prompt) == "@1-2"
-    for part in ("@0-1", "@3-2", "@4-5"):
-        with pytest.raises(ValueError, match="no range of the 4 lines"):
-            expanded([part], prompt)
-    assert prompt_of(" why? /no_think\n") == "why?" and len(prompt_id("why?")) == 16
 
 
 def test_rows_of_pairs(tmp_path: Path) -> None:
@@ -165,6 +154,13 @@ def test_tables_from_a_folder_of_stores(tmp_path: Path) -> None:
     assert "| 0.01 | other |" not in text, "40 rows have no level for 1%"
     found.write_parquet(tmp_path / "table.parquet")
     assert report(read_table(tmp_path / "table.parquet"), 0.0, 0, 20) == text
+
+
+def test_rows_without_a_label_are_benign(tmp_path: Path) -> None:
+    plain = [{key: value for key, value in one.items() if key in ("prompt", "answer", "s")} for one in world(3)]
+    put(tmp_path / "pool", plain, (CODE,))
+    found = read_table(tmp_path / "pool")
+    assert found.select("set", "domain", "label", "pair").unique().rows() == [("pool", "", "benign", "")]
 
 
 def test_a_member_that_saw_the_domain_is_left_out(tmp_path: Path) -> None:
