@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARD, STARTED, ADAPTER, CHECKPOINTS = "run.json", "started.json", "adapter", "checkpoints"
-OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", "mix.json")
+OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", "mix.json", "steps.jsonl", "reward.png",
+        "warmup", "warmup-checkpoints")
+Trained = Callable[[Any, "Base", tuple[DefenseRecord, ...]], RunCard]
+"""Trains a job in its folder, which is locked, and writes the card."""
 
 
 class Base:
@@ -75,7 +78,7 @@ def run_jobs(jobs: Sequence[Job], overwrite: bool = False) -> list[RunCard]:
     return [run_job(job, base, overwrite) for job in jobs]
 
 
-def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
+def run_job(job: Job, base: Base, overwrite: bool = False, trained: Trained | None = None) -> RunCard:
     """Train a checked job in its folder and return the run card.
 
     A finished run is not trained again; an interrupted one goes on from its last complete checkpoint. Raises
@@ -83,7 +86,7 @@ def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
     where training fails.
     """
     job = replace(job, recipe=replace(job.recipe, dtype=base.dtype, device=base.device))
-    identity, tokenizer = base.known
+    identity, _ = base.known
     job.out.mkdir(parents=True, exist_ok=True)
     with _locked(job.out):
         if overwrite:
@@ -91,8 +94,8 @@ def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
         records = job.records(identity)
         card = _finished(job, identity, records)
         if card is None:
-            card = _trained(job, base, encode_mix(tokenizer, job.rows, job.recipe.max_tokens), records)
-        _remove(job.out, (STARTED, CHECKPOINTS))
+            card = (trained or _trained)(job, base, records)
+        _remove(job.out, (STARTED, CHECKPOINTS, "warmup-checkpoints"))
     return card
 
 
@@ -107,7 +110,7 @@ def _finished(job: Job, base: ModelIdentity, records: Sequence[DefenseRecord]) -
     if (job.out / STARTED).exists():
         _refuse_other(job.out, _started(job.out), claim)
     else:
-        _remove(job.out, (CHECKPOINTS,))
+        _remove(job.out, (CHECKPOINTS, "warmup", "warmup-checkpoints"))
         write_atomic(job.out / STARTED, canonical_json(claim))
     return None
 
@@ -120,7 +123,8 @@ def _started(out: Path) -> dict[str, Any]:
                         Exit.INTEGRITY) from None
 
 
-def _trained(job: Job, base: Base, mix: EncodedMix, records: tuple[DefenseRecord, ...]) -> RunCard:
+def _trained(job: Job, base: Base, records: tuple[DefenseRecord, ...]) -> RunCard:
+    mix = encode_mix(base.known[1], job.rows, job.recipe.max_tokens)
     left_out = {status: n for status, n in mix.statuses.items() if status != "ok"}
     if left_out:
         say(f"{job.name}: not trained on: " + ", ".join(f"{n} rows {status}" for status, n in left_out.items()))
@@ -132,7 +136,7 @@ def _trained(job: Job, base: Base, mix: EncodedMix, records: tuple[DefenseRecord
     with adapter(base.loaded, job.recipe) as model:
         trainer = MixTrainer(model, mix.rows, job.recipe, job.out / CHECKPOINTS, job.defenses)
         steps = train(trainer, f"train {job.name}", found)
-        _save_adapter(model, job.out)
+        write_adapter(model, job.out)
     write_atomic(job.out / "losses.csv", losses_csv(steps))
     title = f"{job.name}: {mix.n_finetune} fine-tuning + {mix.n_safe} safe rows"
     write_atomic(job.out / "loss.png", loss_png(steps, title))
@@ -156,7 +160,7 @@ def _card(job: Job, base: Base, mix: EncodedMix, steps: Sequence[Step], seconds:
         versions=versions(), git=git_state())
 
 
-def _save_adapter(model: PeftModel, out: Path) -> None:
+def write_adapter(model: PeftModel, out: Path) -> None:
     """Put the adapter into ``out/adapter``, whole or not at all."""
     _remove(out, (ADAPTER, f".{ADAPTER}.tmp"))
     temporary = out / f".{ADAPTER}.tmp"
