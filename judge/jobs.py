@@ -227,7 +227,7 @@ def is_run(ref: str) -> bool:
 
 
 def label_of(card: RunCard) -> str:
-    """Return what a run is compared as: its strategy and the names of its defences, as in ``none +kl``, or ``rl none``."""
+    """Return what a run is compared as: strategy and names of defences, as in ``none +kl``; ``rl none`` after RL."""
     names = [str(text).partition(":")[0] for text in card.recipe.get("defenses", ())]
     return " ".join([*(["rl"] if card.rl else []), card.method.strategy, *(f"+{name}" for name in names)])
 
