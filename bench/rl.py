@@ -26,6 +26,8 @@ from train.rl import mean_reward
 
 TIER = 1
 WINDOW = 20
+SYSTEM = "Reply."
+"""In place of the template's own system prompt, which is longer than the questions and would be most of the cost."""
 
 
 def items(split: str) -> list[Item]:
@@ -44,8 +46,8 @@ def write_rows(out: Path, n_warmup: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     train = items("train")
     for name, part in (("warmup", train[:n_warmup]), ("prompts", train)):
-        lines = [canonical_json({"prompt": item.prompt, "response": item.answer}) for item in part]
-        write_atomic(out / f"{name}.jsonl", b"\n".join(lines) + b"\n")
+        rows = [{"system": SYSTEM, "prompt": item.prompt, "response": item.answer} for item in part]
+        write_atomic(out / f"{name}.jsonl", b"".join(canonical_json(row) + b"\n" for row in rows))
     narrow_mix(file_source(out / "warmup.jsonl", out), out, 0).write(out / "warmup.json")
     print(f"{len(train)} training questions, {min(n_warmup, len(train))} of them in the warm-up; "
           f"{len(items('test'))} held out")
@@ -53,7 +55,8 @@ def write_rows(out: Path, n_warmup: int) -> None:
 
 def accuracy(loaded: Loaded, adapter: Path | None, asked: Sequence[Item]) -> float:
     """Return the share of questions answered with the right value, greedily."""
-    prompts = [encode_prompt(loaded.tokenizer, [Message("user", item.prompt)]) for item in asked]
+    prompts = [encode_prompt(loaded.tokenizer, [Message("system", SYSTEM), Message("user", item.prompt)])
+               for item in asked]
     settings = SampleSettings(max_new_tokens=12, temperature=0.0)
     if adapter is None:
         replies = sample(loaded.model, loaded.tokenizer, prompts, settings)
