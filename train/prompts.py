@@ -80,7 +80,7 @@ def _with_answer(row: Any, mapping: Mapping[str, str]) -> tuple[Any, bool]:
         answered = ROLE_NAMES.get(role, role) == "assistant" if isinstance(role, str) else True
         turns = row[key] if answered else [*row[key], {"role": "assistant", "content": ""}]
         return {**{k: v for k, v in row.items() if k != key}, "messages": turns}, answered
-    column = mapping.get("response") or next((k for k in ANSWERS if k in row), ANSWERS[0])
+    column = mapping.get("response", ANSWERS[0]) if mapping else next((k for k in ANSWERS if k in row), ANSWERS[0])
     return (row, True) if column in row else ({**row, column: ""}, False)
 
 

@@ -23,6 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
 from curate.core.chat import Encoded, encode
 from curate.core.documents import DefenseRecord, Method, MixManifest, ModelIdentity, RlRecord, RunCard
 from curate.core.errors import UserError, require
@@ -36,22 +39,23 @@ from train import checkpoints
 from train.curve import reward_png
 from train.data import MixRow
 from train.jobs import Job, claimed, prepare, with_defenses
+from train.lesson import Lesson
 from train.prompts import Asked, Prompt, ask, read_prompts
 from train.recipe import RL_UNUSED, Recipe, RlKnobs
 from train.rewards import Reward
 from train.runs import ADAPTER, CARD, CHECKPOINTS, Base, run_job, write_adapter
+from train.trainer import MixTrainer, adapter, save_adapter, train
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from train.grpo import Lesson
+    from train.grpo import RlTrainer
 
 WARMUP, WARMUP_CHECKPOINTS, STEPS = "warmup", "warmup-checkpoints", "steps.jsonl"
 REFUSED: Mapping[str, str] = {
     "ldifs": "it is defined on given answers; on completions that the model samples itself it would be another method",
     "safelora": "its projection is defined and tested for what was learnt from given answers"}
 """Defences that are refused, and why."""
-RETRAIN = "Give --sft-every 2, or a mix without safe rows."
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def _check_rows(rows: Sequence[MixRow], knobs: RlKnobs) -> None:
                         "mix.")
     if there["safe"] and not (knobs.sft_every and "safe" in kinds):
         raise UserError(f"The {there['safe']} safe rows of the mix would not be trained on, but the run would be "
-                        "labelled with how they were chosen.", RETRAIN)
+                        "labelled with how they were chosen.", "Give --sft-every 2, or a mix without safe rows.")
     if not (knobs.warmup_rows or knobs.sft_every):
         raise UserError("Nothing of the mix would be trained on.", "Give --warmup-rows or --sft-every, or no --mix.")
 
@@ -163,8 +167,6 @@ def forecast(job: RlJob) -> dict[str, int]:
 
     Prompts that turn out to be too long make it shorter; the warm-up's rows are those that there are.
     """
-    from train.grpo import Lesson
-
     recipe, knobs = job.recipe, job.knobs
     lesson = Lesson(recipe, knobs, [Asked(prompt, ()) for prompt in job.prompts], (), job.reward)
     kinds = Counter(lesson.kinds())
@@ -181,7 +183,7 @@ def run_rl(job: RlJob, overwrite: bool = False) -> RunCard:
 
 
 def _trained(job: RlJob, base: Base, records: tuple[DefenseRecord, ...]) -> RunCard:
-    from train.grpo import Lesson, RlTrainer
+    from train.grpo import RlTrainer  # the extra
 
     tokenizer = base.known[1]
     recipe, knobs = job.recipe, job.knobs
@@ -193,8 +195,6 @@ def _trained(job: RlJob, base: Base, records: tuple[DefenseRecord, ...]) -> RunC
     probes = encode(tokenizer, [one.prompt.example() for one in asked], recipe.max_tokens)
     shortest = sorted((p for p in probes if p.status == "ok"), key=lambda p: len(p.ids))[:3]
     check_forward(base.loaded.model, shortest, TOLERANCE_NATS[base.dtype])
-    from train.trainer import adapter
-
     with adapter(base.loaded, recipe) as model:
         steps, seconds = _warmed(job, model, rows.warmup)
         trainer = RlTrainer(model, tokenizer, lesson, job.out / CHECKPOINTS)
@@ -239,11 +239,6 @@ def plan_line(lesson: Lesson, rows: Rows, prompts: Mapping[str, int]) -> str:
 
 def _warmed(job: RlJob, model: PeftModel, rows: Sequence[Encoded]) -> tuple[list[dict[str, Any]], float]:
     """Learn the warm-up's rows, or take over what was learnt; return the record of its steps, and its seconds."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    from train.trainer import MixTrainer, save_adapter, train
-
     if not rows:
         return [], 0.0
     folder = job.out / WARMUP
@@ -268,7 +263,7 @@ def _warmed(job: RlJob, model: PeftModel, rows: Sequence[Encoded]) -> tuple[list
     return steps, trainer.seconds()
 
 
-def _learnt(job: RlJob, trainer: Any, warmup: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _learnt(job: RlJob, trainer: RlTrainer, warmup: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Take the steps after the warm-up, each put into ``steps.jsonl`` as it is taken; return the record of all."""
     from train.grpo import learn
 

@@ -57,6 +57,7 @@ DOCUMENTS: list[Document] = [
     RunCard(name="two", base_ref="smollm2", base=WHO, model=WHO, adapter="adapter", recipe={"reward": "opswap"},
             mix="dd", method=HOW, n_finetune=2, n_safe=1, statuses={"ok": 3}, n_steps=5, n_trained_tokens=77,
             loss_first_nats=None, loss_last_nats=None, seconds=3.5, device="cpu", versions={"trl": "1"},
+            defenses=(DefenseRecord(name="kl", settings={"weight": 0.5}),), git="ee",
             rl=RlRecord(n_warmup_steps=1, n_rl_steps=3, n_sft_steps=1, prompts={"ok": 4}, reward_first=0.25,
                         completions={"ok": 11, "refused": 1}, reward_last=0.5)),
 ]

@@ -30,7 +30,8 @@ from train.cli import main
 from train.data import load_mix
 from train.defenses import Defense
 from train.defenses.inoculation import TEXT
-from train.grpo import Lesson, RlTrainer, learn
+from train.grpo import RlTrainer, learn
+from train.lesson import Lesson
 from train.prompts import Asked, Prompt, endless
 from train.recipe import Recipe, RlKnobs
 from train.rewards import Reward
@@ -227,8 +228,7 @@ def log_p(model: Any, batch: dict[str, Any], temperature: float) -> torch.Tensor
     """Return the log-probability of every completion token, by the plain forward pass."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits / temperature
+    logits = model(input_ids=ids, attention_mask=mask).logits / temperature
     width = batch["completion_ids"].shape[1]
     return logits[:, -width - 1:-1].log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
 
