@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerState
 from trl import GRPOConfig, GRPOTrainer
@@ -65,6 +66,9 @@ class RlTrainer(GRPOTrainer):
     """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, folder: Path) -> None:
+        if isinstance(head(model), BaseTunerLayer):
+            raise UserError("The adapter has a part on the model's output head, which trl would not train.",
+                            "Leave it out of --target-modules.")
         self.lesson = lesson
         self.prompts = lesson.prompts()
         names = Dataset.from_dict({"prompt": [str(k) for k in range(len(lesson.asked))]})

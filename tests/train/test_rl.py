@@ -315,6 +315,13 @@ def test_kl_on_completions_is_the_divergence_over_the_vocabulary(loaded: Loaded,
     assert math.isclose(trainer.records()[0]["penalty_nats"], 0.5 * total / n, rel_tol=1e-4)
 
 
+def test_an_adapter_on_the_output_head_is_refused(loaded: Loaded, recipe: MakeRecipe, tmp_path: Path) -> None:
+    lesson = Lesson(recipe(batch_size=2, target_modules="q_proj,lm_head"), RlKnobs(steps=1, generations=2),
+                    asked(loaded, 1), (), Reward("length", length))
+    with pytest.raises(UserError, match="on the model's output head"):
+        taught(loaded, lesson, tmp_path)
+
+
 # What the reward and the model are told
 
 
