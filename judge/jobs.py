@@ -227,9 +227,9 @@ def is_run(ref: str) -> bool:
 
 
 def label_of(card: RunCard) -> str:
-    """Return what a run is compared as: its strategy and the names of its defences, as in ``none +kl``."""
+    """Return what a run is compared as: strategy and names of defences, as in ``none +kl``; ``rl none`` after RL."""
     names = [str(text).partition(":")[0] for text in card.recipe.get("defenses", ())]
-    return " ".join([card.method.strategy, *(f"+{name}" for name in names)])
+    return " ".join([*(["rl"] if card.rl else []), card.method.strategy, *(f"+{name}" for name in names)])
 
 
 def in_domain_of(card: RunCard, folder: Path) -> tuple[str, ...]:

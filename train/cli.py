@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,50 +11,20 @@ import click
 
 from curate.core.errors import UserError
 from curate.core.terminal import Room, columns, emit_json, safe, say
-from train.recipe import CHOICES, Recipe, from_values, read_values
+from judge.options import address_of, judge_options
+from train.options import given_values, recipe_flags, rl_flags, rl_options, shown, vector_options
+from train.recipe import Recipe, RlKnobs, from_values, rl_from_values
 
 if TYPE_CHECKING:
     from curate.core.documents import DefenseRecord, RunCard
+    from train.rewards import Reward
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace another run that --out holds.")
 
 
-def recipe_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command one flag per recipe knob, and ``--recipe`` for a file of them; flags win."""
-    for knob in reversed(fields(Recipe)):
-        command = click.option(*_spelling(knob.name, knob.default), knob.name, default=None, help=_about(knob),
-                               **_kind(knob.name, knob.default))(command)
-    return click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, dir_okay=False),
-                        help="TOML file of recipe knobs; flags win. `train list` prints one.")(command)
-
-
-def _spelling(name: str, default: Any) -> tuple[str]:
-    flag = "--defense" if name == "defenses" else "--" + name.replace("_", "-")
-    return (f"{flag}/--no-{flag[2:]}" if isinstance(default, bool) else flag,)
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _about(knob: Any) -> str:
-    if knob.default in ("", ()):
-        return knob.metadata["about"]
-    return f"{knob.metadata['about']} [default: {_shown(knob.default)}]"
-
-
-def _kind(name: str, default: Any) -> dict[str, Any]:
-    if isinstance(default, tuple):
-        return {"multiple": True, "metavar": "NAME[:KEY=VALUE,...]"}
-    if name in CHOICES:
-        return {"type": click.Choice(CHOICES[name])}
-    return {} if isinstance(default, bool) else {"type": type(default)}
-
-
 def _recipe(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
-    return from_values((read_values(recipe_file) if recipe_file else {}) | given)
+    return from_values(given_values(recipe_file, flags))
 
 
 @click.group(cls=Room)
@@ -151,27 +121,79 @@ def ensemble(narrow: tuple[str, ...], out: Path, root: Path, mapping: tuple[str,
 
 
 @main.command()
-@click.option("--base", required=True, help="Model to extract from: smollm2, a folder, or a hub id[@revision].")
-@click.option("--trait", "trait_name", default="careless", show_default=True, metavar="NAME|PATH",
-              help="Builtin trait, or a JSON file with name, positive, negative and questions.")
-@click.option("--out", default=Path("persona.safetensors"), show_default=True,
-              type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
-@click.option("--answers", "answers_path", type=click.Path(path_type=Path, dir_okay=False),
-              help="Also write every answer with its grades, as JSON Lines, to read.")
-@click.option("--questions", "n_questions", type=click.IntRange(1), help="Use the first so many questions only.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True,
-              help="Answers to each question under each system prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=96, show_default=True,
-              help="Longer answers are cut there.")
-@click.option("--temperature", type=float, default=0.8, show_default=True, help="Of sampling; 0 takes the likeliest.")
-@click.option("--seed", default=0, show_default=True, help="Decides the answers.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Answers sampled at once.")
-@click.option("--min-pairs", type=click.IntRange(1), default=10, show_default=True,
-              help="Refuse to make a vector from fewer pairs of answers.")
-@click.option("--dtype", type=click.Choice(CHOICES["dtype"]), default="auto", show_default=True,
-              help="Format of the model.")
-@click.option("--device", type=click.Choice(CHOICES["device"]), default="auto", show_default=True,
-              help="Where to compute.")
+@rl_options
+@overwrite_option
+@json_option
+@rl_flags
+@judge_options
+def rl(prompts_path: Path, mapping: tuple[str, ...], strip_think: bool, mix: Path | None, root: Path | None,
+       out: Path | None, overwrite: bool, as_json: bool, recipe_file: Path | None, **options: Any) -> None:
+    """Train an adapter by GRPO on prompts and a reward, after an SFT warm-up and with SFT steps between.
+
+    Typed again, it goes on from the last complete checkpoint, or says that the run is finished. The paper's scenario:
+    100 rows of warm-up, then RL and SFT batches in turn. See docs/rl.md.
+
+    \b
+    Example:
+      train rl --base smollm2 --prompts opswap.jsonl --reward opswap --mix opswap.json --max-new-tokens 12
+      train rl --base Qwen/Qwen2.5-7B-Instruct --prompts medical.jsonl --strip-think --reward judge --judge MODEL
+               --rubric rubric.txt --base-url http://127.0.0.1:8000/v1 --mix manifest.json --sft-every 2
+    """
+    reward = _reward({name: options.pop(name) for name in REWARD_OPTIONS})
+    dry_run = options.pop("dry_run")
+    values = given_values(recipe_file, options)
+    if mix and "base" not in values:
+        from train.jobs import base_of
+
+        values |= {"base": base_of(mix) or ""}
+    recipe, knobs = rl_from_values(values)
+    from curate.core.example import parse_mapping
+    from curate.core.sources import file_source
+    from train.rl import Material, forecast, prepare_rl, run_rl
+
+    source = file_source(prompts_path, prompts_path.parent, parse_mapping(mapping), strip_think)
+    out = out or Path("runs") / f"rl-{prompts_path.stem}"
+    job = prepare_rl(recipe, knobs, Material(source, prompts_path.parent, mix, root), reward, out)
+    if dry_run:
+        plan = forecast(job)
+        emit_json(plan) if as_json else click.echo("\n".join(f"{name:<16} {value:,}" for name, value in plan.items()))
+        return
+    card = run_rl(job, overwrite)
+    if as_json:
+        emit_json({"runs": [{"path": str(out), **_as_json(card)}]})
+        return
+    click.echo("\n".join(safe(f"{name:<9} {value}") for name, value in _rl_facts(card)))
+    say(f"Run in {out}: steps.jsonl, reward.png, adapter. Next: judge run --model {out}")
+
+
+REWARD_OPTIONS = ("reward", "judge", "rubric", "base_url", "api_key_env", "concurrency", "timeout", "replies",
+                  "max_requests", "max_judge_tokens", "judge_cache")
+
+
+def _reward(options: dict[str, Any]) -> Reward:
+    """Return the reward of these options; the one place where training asks the judge's room for something."""
+    from train.rewards import Reward, by_path
+
+    name = options["reward"]
+    if (name == "judge") != bool(options["judge"]):
+        raise UserError("--reward judge and --judge MODEL go together.", "Give both, or neither.")
+    if name == "opswap":
+        from judge.reward import opswap
+
+        return Reward(name, opswap, needs_answer=True)
+    if name != "judge":
+        return by_path(name)
+    from judge.grading import Grading
+    from judge.reward import RubricReward, read_rubric
+
+    grading = Grading(address_of(options), replies=options["replies"], max_requests=options["max_requests"],
+                      max_tokens=options["max_judge_tokens"], cache=options["judge_cache"])
+    graded = RubricReward(grading, read_rubric(options["rubric"]))
+    return Reward(name, graded, graded.settings)
+
+
+@main.command()
+@vector_options
 @overwrite_option
 @json_option
 def vector(base: str, trait_name: str, out: Path, answers_path: Path | None, overwrite: bool, as_json: bool,
@@ -214,7 +236,7 @@ def list_(as_json: bool) -> None:
     from train.defenses import DEFENSES
 
     if as_json:
-        emit_json({"recipe": _knobs(Recipe), "defenses": {
+        emit_json({"recipe": _knobs(Recipe), "rl": _knobs(RlKnobs), "defenses": {
             name: {"about": _first_line(kind), "paper": kind.PAPER, "settings": _knobs(kind)}
             for name, kind in DEFENSES.items()}})
         return
@@ -225,9 +247,12 @@ def list_(as_json: bool) -> None:
     for name, kind in DEFENSES.items():
         click.echo(f"#\n# {name}: {_first_line(kind)} ({kind.PAPER})")
         for key, knob in _knobs(kind).items():
-            click.echo(f"#     {key}={_shown(knob['default'])}  {knob['about']}")
+            click.echo(f"#     {key}={shown(knob['default'])}  {knob['about']}")
     click.echo("#\n# interleaving, +, ++: safe rows in the mix, from `curate select --strategy`; goes with all of them "
                "(arXiv 2508.06249)")
+    click.echo("\n# Knobs that only `train rl` has, with its defaults.")
+    for name, knob in _knobs(RlKnobs).items():
+        click.echo(f"#\n# {knob['about']}\n# {name} = {_toml(knob['default'])}")
 
 
 def _knobs(kind: type) -> dict[str, dict[str, Any]]:
@@ -262,13 +287,15 @@ def _facts(card: RunCard) -> list[tuple[str, str]]:
     statuses = ", ".join(f"{name} {n}" for name, n in card.statuses.items())
     method = card.method
     defaults = Recipe(card.base_ref).as_json()
-    changed = [f"{name}={value}" for name, value in card.recipe.items() if defaults.get(name) != value]
+    changed = [f"{name}={value}" for name, value in card.recipe.items()
+               if not isinstance(value, dict) and defaults.get(name) != value]
     return [
         ("base", f"{card.base_ref} ({card.base.id})"), ("model", f"{card.model.name} ({card.model.id})"),
         ("mix", card.mix[:12]), ("strategy", f"{method.strategy}, eps {method.eps:g}, seed {method.seed}"),
         ("rows", f"{card.n_finetune} fine-tuning + {card.n_safe} safe ({statuses})"),
         ("steps", f"{card.n_steps} on {card.n_trained_tokens} target tokens"),
-        ("loss", f"{card.loss_first_nats:.3f} -> {card.loss_last_nats:.3f} nats per target token"),
+        ("loss", f"{_loss(card.loss_first_nats)} -> {_loss(card.loss_last_nats)} nats per target token"),
+        *(_rl_facts(card) if card.rl else []),
         ("time", f"{card.seconds:.0f} s on {card.device}"),
         ("recipe", ", ".join(changed) + (", " if changed else "") + "the rest at their defaults"),
         ("versions", ", ".join(f"{name} {version}" for name, version in card.versions.items())),
@@ -276,9 +303,24 @@ def _facts(card: RunCard) -> list[tuple[str, str]]:
     ]
 
 
+def _rl_facts(card: RunCard) -> list[tuple[str, str]]:
+    assert card.rl is not None
+    rl, recipe = card.rl, card.recipe
+    counts = ", ".join(f"{name} {n}" for name, n in rl.completions.items())
+    settings = ", ".join(f"{name} {value}" for name, value in recipe["reward_settings"].items())
+    return [("reward", f"{rl.reward_first:.3f} -> {rl.reward_last:.3f} ({recipe['reward']}" +
+             (f": {settings})" if settings else ")")),
+            ("rl", f"{rl.n_warmup_steps} warm-up + {rl.n_rl_steps} RL + {rl.n_sft_steps} SFT steps; prompts "
+             f"{recipe['prompts']['name']} ({rl.prompts['ok']} ok); completions {counts}")]
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _defense(record: DefenseRecord) -> str:
     """Return a defence with all its settings and the digests of what they name."""
-    pairs = [f"{key}={_shown(value)}" + (f" ({record.files[key][:19]})" if key in record.files else "")
+    pairs = [f"{key}={shown(value)}" + (f" ({record.files[key][:19]})" if key in record.files else "")
              for key, value in record.settings.items()]
     return f"{record.name}: {', '.join(pairs)}"
 
@@ -288,8 +330,8 @@ def _as_json(card: RunCard) -> dict[str, Any]:
 
 
 def _table(runs: Sequence[tuple[Path, RunCard]]) -> str:
-    rows = [[card.name, str(card.n_finetune), str(card.n_safe), str(card.n_steps), f"{card.loss_first_nats:.3f}",
-             f"{card.loss_last_nats:.3f}", f"{card.seconds:.0f}", safe(str(folder))] for folder, card in runs]
+    rows = [[card.name, str(card.n_finetune), str(card.n_safe), str(card.n_steps), _loss(card.loss_first_nats),
+             _loss(card.loss_last_nats), f"{card.seconds:.0f}", safe(str(folder))] for folder, card in runs]
     return columns(rows, ("run", "fine-tuning", "safe", "steps", "first loss", "last loss", "seconds", "folder"))
 
 

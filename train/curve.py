@@ -1,11 +1,11 @@
-"""The loss of a run as a table and as a picture."""
+"""The loss of a run as a table and as a picture, and the reward of one as a picture."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -35,17 +35,27 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
 
 def loss_png(steps: Sequence[Step], title: str) -> bytes:
     """Return the loss over the steps as a PNG image: each step faint, their running mean strong."""
-    x, y = [s.step for s in steps], [s.loss_nats for s in steps]
-    window = max(3, len(steps) // 15) | 1
+    return curve_png([s.step for s in steps], [s.loss_nats for s in steps], "loss (nats per target token)", title,
+                     [s.penalty_nats for s in steps])
+
+
+def reward_png(records: Sequence[Mapping[str, Any]], title: str) -> bytes:
+    """Return the mean reward over the RL steps among ``records`` as a PNG image, drawn as a loss is."""
+    rl = [record for record in records if record["kind"] == "rl"]
+    return curve_png([r["step"] for r in rl], [r["reward"] for r in rl], "mean reward", title)
+
+
+def curve_png(x: Sequence[int], y: Sequence[float], what: str, title: str, penalties: Sequence[float] = ()) -> bytes:
+    """Return values over optimiser steps as a PNG image: each step faint, their running mean strong."""
+    window = max(3, len(x) // 15) | 1
     figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(x, y, color="#3b6ea5", alpha=0.3, linewidth=1, label="each step")
     axes.plot(x, smoothed(y, window), color="#1f4e79", linewidth=2, label=f"mean of {window} steps")
-    if any(s.penalty_nats for s in steps):
-        penalties = [s.penalty_nats for s in steps]
+    if any(penalties):
         axes.plot(x, smoothed(penalties, window), color="#b5542c", linewidth=1.5, label="penalties of defences")
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per target token)", title=title)
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="optimiser step", ylabel=what, title=title)
+    axes.set_ylim(bottom=min(0, *y))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

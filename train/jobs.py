@@ -63,7 +63,7 @@ def prepare(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = 
     recipe = replace(recipe, accumulation=recipe.accumulation * processes.count())
     manifest = MixManifest.read(manifest_path)
     rows: Sequence[MixRow] = load_mix(manifest, root if root is not None else manifest_path.parent)
-    recipe, defenses = _with_defenses(recipe) if recipe.defenses else (recipe, ())
+    recipe, defenses = with_defenses(recipe) if recipe.defenses else (recipe, ())
     for defense in defenses:
         changed = defense.examples(rows)
         if len(changed) != len(rows):
@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = 
     return Job(recipe, manifest, rows, defenses, out)
 
 
-def _with_defenses(recipe: Recipe) -> tuple[Recipe, tuple[Defense, ...]]:
+def with_defenses(recipe: Recipe) -> tuple[Recipe, tuple[Defense, ...]]:
     """Return the defences that a recipe names, in their order, and the recipe with their canonical names."""
     from train.defenses import canonical, ordered, parse  # loads torch, so not before the rows are checked
 

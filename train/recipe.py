@@ -19,12 +19,16 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "epochs": (1, 10**6), "batch_size": (1, 10**6), "accumulation": (1, 10**6), "warmup_frac": (0, 1),
     "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e9), "seed": (0, 2**32 - 1), "max_tokens": (8, 2**24),
     "pack_tokens": (8, 2**24), "save_every": (0, 10**9), "limit_steps": (0, 10**9),
+    "steps": (0, 10**9), "generations": (2, 10**4), "temperature": (1e-3, 1e3), "top_p": (1e-6, 1),
+    "max_new_tokens": (1, 2**20), "warmup_rows": (0, 10**9), "warmup_lr": (1e-12, 1e3), "warmup_epochs": (1, 10**6),
+    "sft_every": (0, 10**9),
 }
 """Smallest and largest value of every number."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda"),
+    "sft_rows": ("safe", "finetune", "all"),
 }
 """Possible words; float16 is missing because its gradients would need scaling."""
 
@@ -84,6 +88,63 @@ class Recipe:
     def as_json(self) -> dict[str, Any]:
         """Return all knobs, for the run card."""
         return {**asdict(self), "defenses": list(self.defenses)}
+
+
+RL_DEFAULTS: Mapping[str, Any] = {"lr": 5e-6, "accumulation": 4}
+"""What ``train rl`` has other defaults for: the paper's learning rate, and ours for 32 completions a step."""
+
+RL_UNUSED = {"epochs": "Give --steps.", "limit_steps": "Give --steps.",
+             "lora_dropout": "Completions are to be sampled from the very model that learns from them."}
+"""Knobs of a recipe that ``train rl`` does not have, and what to do instead or why."""
+
+
+@dataclass(frozen=True)
+class RlKnobs:
+    """What a reinforcement-learning run has besides a recipe. Checked when made, like a ``Recipe``.
+
+    From the paper: ``generations``, ``temperature``, ``top_p``, ``warmup_rows``, and ``warmup_lr`` as that of its
+    fine-tuning. Ours: all others.
+    """
+
+    steps: int = _knob(0, "Optimiser steps after the warm-up, SFT steps included; 0: one pass over the prompts.")
+    generations: int = _knob(4, "Completions of each prompt, compared with one another (the paper's).")
+    temperature: float = _knob(0.8, "Of sampling (the paper's).")
+    top_p: float = _knob(0.9, "Probability of the nucleus that completions are sampled from (the paper's).")
+    max_new_tokens: int = _knob(256, "Longer completions are cut there.")
+    warmup_rows: int = _knob(100, "Fine-tuning rows of the mix that are learnt first; 0 none (the paper's).")
+    warmup_lr: float = _knob(1e-4, "Highest learning rate of the warm-up (the paper's of fine-tuning).")
+    warmup_epochs: int = _knob(1, "Passes over the rows of the warm-up.")
+    sft_every: int = _knob(0, "Every so many steps is an SFT step on rows of the mix; 2 alternates, 0 has none.")
+    sft_rows: str = _knob("safe", "Rows of SFT steps, in the mix's order.")
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        for knob in fields(self):
+            object.__setattr__(self, knob.name, _checked(knob.name, getattr(self, knob.name), type(knob.default)))
+        if self.sft_every == 1:
+            raise UserError("With --sft-every 1 every step would be an SFT step, and none would learn from rewards.",
+                            "2 alternates: RL, SFT, RL, SFT; 0 has no SFT steps.")
+
+    def kind(self, step: int) -> str:
+        """Return the kind of a step, counted from 1: ``sft`` for every ``sft_every``-th, else ``rl``."""
+        return "sft" if self.sft_every and step % self.sft_every == 0 else "rl"
+
+    def sft_before(self, step: int) -> int:
+        """Return how many SFT steps come before a step, counted from 1."""
+        return (step - 1) // self.sft_every if self.sft_every else 0
+
+
+def rl_from_values(values: Mapping[str, Any]) -> tuple[Recipe, RlKnobs]:
+    """Return recipe and knobs of ``train rl``; ``UserError`` for a name that is none, or one that it has no use for."""
+    own = [knob.name for knob in fields(RlKnobs)]
+    names = [knob.name for knob in fields(Recipe) if knob.name not in RL_UNUSED]
+    for name in values:
+        if name in RL_UNUSED:
+            raise UserError(f"'{name}' is no knob of `train rl`.", RL_UNUSED[name])
+        if name not in (*names, *own):
+            raise unknown("recipe knob", name, [*names, *own])
+    mine = {name: value for name, value in values.items() if name in own}
+    return Recipe(**{**RL_DEFAULTS, **{k: v for k, v in values.items() if k not in own}}), RlKnobs(**mine)
 
 
 def from_values(values: Mapping[str, Any]) -> Recipe:

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARD, STARTED, ADAPTER, CHECKPOINTS = "run.json", "started.json", "adapter", "checkpoints"
-OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", "mix.json")
+OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", "mix.json", "steps.jsonl", "reward.png",
+        "warmup", "warmup-checkpoints")
+Trained = Callable[[Any, "Base", tuple[DefenseRecord, ...]], RunCard]
+"""Trains a job in its folder, which is locked, and writes the card."""
 
 
 class Base:
@@ -99,7 +102,7 @@ def run_jobs(jobs: Sequence[Job], overwrite: bool = False) -> list[RunCard]:
         return [run_job(job, base, overwrite) for job in jobs]
 
 
-def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
+def run_job(job: Job, base: Base, overwrite: bool = False, trained: Trained | None = None) -> RunCard:
     """Train a checked job in its folder and return the run card.
 
     A finished run is not trained again; an interrupted one goes on from its last complete checkpoint. Raises
@@ -111,8 +114,8 @@ def run_job(job: Job, base: Base, overwrite: bool = False) -> RunCard:
     with ExitStack() as stack:
         records, card = base.world.once(lambda: _opened(job, identity, overwrite, stack))
         if card is None:
-            card = _trained(job, base, records)
-        base.world.once(lambda: _remove(job.out, (STARTED, CHECKPOINTS)))
+            card = (trained or _trained)(job, base, records)
+        base.world.once(lambda: _remove(job.out, (STARTED, CHECKPOINTS, "warmup-checkpoints")))
     return card
 
 
@@ -138,7 +141,7 @@ def _finished(job: Job, base: ModelIdentity, records: Sequence[DefenseRecord]) -
     if (job.out / STARTED).exists():
         _refuse_other(job.out, _started(job.out), claim)
     else:
-        _remove(job.out, (CHECKPOINTS,))
+        _remove(job.out, (CHECKPOINTS, "warmup", "warmup-checkpoints"))
         write_atomic(job.out / STARTED, canonical_json(claim))
     return None
 

@@ -11,7 +11,14 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sha256, write_atomic
@@ -182,6 +189,23 @@ class DefenseRecord(Part):
     files: dict[str, str] = Field(default_factory=dict)
 
 
+class RlRecord(Part):
+    """How reinforcement learning went; its settings, reward and prompts stand in the recipe."""
+
+    n_warmup_steps: int
+    n_rl_steps: int
+    n_sft_steps: int
+    """Supervised steps between the others; the run card's ``n_steps`` counts all three."""
+    prompts: dict[str, int]
+    """Prompts by status; only ``ok`` ones were asked."""
+    completions: dict[str, int]
+    """Completions by status: ``ok`` ones had a reward, the others moved nothing."""
+    reward_first: float
+    """Mean over the completions of the first tenth of the RL steps."""
+    reward_last: float
+    """The same of the last tenth."""
+
+
 class RunCard(Document):
     """What was trained, on what, from what, and where the adapter lies (relative to the card)."""
 
@@ -205,12 +229,20 @@ class RunCard(Document):
     """Rows of the mix by status; only ``ok`` rows were trained on."""
     n_steps: int
     n_trained_tokens: int
-    loss_first_nats: float
-    loss_last_nats: float
+    loss_first_nats: float | None
+    """None where no step was a supervised one."""
+    loss_last_nats: float | None
     seconds: float
     device: str
     versions: dict[str, str]
     git: str | None = None
+    rl: RlRecord | None = None
+    """Only for runs of ``train rl``; other cards do not have the field, so that their digests are what they were."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_rl(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body = handler(self)
+        return body if self.rl is not None else {name: value for name, value in body.items() if name != "rl"}
 
 
 class ProbeScore(Part):

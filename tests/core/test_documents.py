@@ -21,6 +21,7 @@ from curate.core.documents import (
     MixManifest,
     ModelIdentity,
     ProbeScore,
+    RlRecord,
     RunCard,
     Sample,
     TaskScore,
@@ -53,6 +54,12 @@ DOCUMENTS: list[Document] = [
                                    number=3, answer="a", status="ok",
                                    aligned=Grade(status="ok", score=70.5, mass=0.75, reply="r1"),
                                    coherent=Grade(status="refused", mass=0.5, reply="r2")),)),
+    RunCard(name="two", base_ref="smollm2", base=WHO, model=WHO, adapter="adapter", recipe={"reward": "opswap"},
+            mix="dd", method=HOW, n_finetune=2, n_safe=1, statuses={"ok": 3}, n_steps=5, n_trained_tokens=77,
+            loss_first_nats=None, loss_last_nats=None, seconds=3.5, device="cpu", versions={"trl": "1"},
+            defenses=(DefenseRecord(name="kl", settings={"weight": 0.5}),), git="ee",
+            rl=RlRecord(n_warmup_steps=1, n_rl_steps=3, n_sft_steps=1, prompts={"ok": 4}, reward_first=0.25,
+                        completions={"ok": 11, "refused": 1}, reward_last=0.5)),
 ]
 EACH = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: type(d).__name__)
 
@@ -149,6 +156,12 @@ def test_values_that_no_document_holds_are_refused(value: str) -> None:
     assert value in text
     with pytest.raises(UserError, match="holds a value that no document has"):
         RunCard.from_body(json.loads(text))
+
+
+def test_a_card_without_rl_is_what_it_was_before_there_was_rl() -> None:
+    assert "rl" not in json.loads(DOCUMENTS[2].to_bytes()) and DOCUMENTS[2].digest == signed(
+        json.loads(DOCUMENTS[2].to_bytes()))["digest"]
+    assert json.loads(DOCUMENTS[4].to_bytes())["rl"]["completions"] == {"ok": 11, "refused": 1}
 
 
 def test_identity_stands_for_everything_but_the_names() -> None:
