@@ -26,6 +26,7 @@ from judge.jobs import Settings, Target, label_of, plan
 from tests.fakes import tiny_mix, tiny_rows, write_rows
 from tests.train.test_hooks import n_hooks
 from train import grpo
+from train.adapters import adapter
 from train.cli import main
 from train.data import load_mix
 from train.defenses import Defense
@@ -36,7 +37,7 @@ from train.prompts import Asked, Prompt, endless
 from train.recipe import Recipe, RlKnobs
 from train.rewards import Reward
 from train.rl import Material, RlJob, prepare_rl, run_rl
-from train.trainer import MixTrainer, adapter
+from train.trainer import MixTrainer
 
 MakeRecipe = Callable[..., Recipe]
 WEIGHTS = "adapter/adapter_model.safetensors"
