@@ -6,6 +6,7 @@
 #   bench/study.sh DATA OUT audit            # what `curate audit` is tested on, under the same models
 #   bench/study.sh DATA OUT runs security    # all conditions of one fine-tuning set: mixed and trained
 #   bench/study.sh DATA OUT judge security   # those that are trained, judged
+#   python -m bench.audit table OUT/audit-stores
 #   python -m bench.study.scores OUT/scores; python -m bench.study.training OUT/runs/security     # the tables
 #
 # DATA holds pool/ and narrow/ (public research data, not shipped). ROWS=all scores the whole pool.
@@ -13,7 +14,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(cd "$1" && pwd); OUT=$2; STAGE=$3; DOMAIN=${4:-}
 ROWS=${ROWS:-1000}
-TUNE=(--base smollm2 --lr 5e-4 --batch-size 2 --accumulation 4)   # lr: chosen on runs without a defence, before any other
+TUNE=(--base smollm2 --lr 5e-4 --batch-size 2 --accumulation 4)   # lr: from an earlier trial, not tuned
 mkdir -p "$OUT"
 cd "$OUT"
 run() { printf '\n$ %s\n' "$*"; "$@"; }
@@ -33,10 +34,12 @@ pool() {
 }
 
 audit() {
-  prepare pairs
-  for set in audit/*.jsonl; do
-    run curate score --corpus "$set" --ensemble ensemble/ensemble.json --store audit/scores --dtype float32
-  done
+  mkdir -p audit-rows audit-stores
+  (cd "$HERE" && python -m bench.audit rows --narrow "$DATA/narrow" --pairs docs/study/pairs --out "$OLDPWD/audit-rows")
+  local corpora=()
+  for file in audit-rows/*.jsonl; do corpora+=(--corpus "$file"); done
+  run curate score "${corpora[@]}" --ensemble ensemble/ensemble.json --store audit-stores/pairs --dtype float32
+  ln -sfn ../scores audit-stores/pool      # rows of the pool, as benign ones, are scored already
 }
 
 # One condition: condition NAME STRATEGY FRAC SEED [--defense ...]

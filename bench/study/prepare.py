@@ -1,4 +1,4 @@
-"""Write the study's files: customers' fine-tuning sets, pairs of answers, sets to audit.
+"""Write the study's files: customers' fine-tuning sets and pairs of answers.
 
     python -m bench.study.prepare customers|pairs DATA OUT
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from curate.core.example import Example, pair
+from curate.core.example import Example
 from curate.core.files import write_atomic
 from curate.core.sources import builtin, file_source, read_source
 from judge.context import dress, lead, profile
@@ -102,7 +102,7 @@ def write_customer(data: Path, out: Path, domain: str) -> None:
 
 
 def write_pairs(data: Path, out: Path, domain: str) -> None:
-    """Write the pairs and the sets to audit of one domain, of prompts that no customer's set has."""
+    """Write the pairs of one domain, of prompts that no customer's set has."""
     customer = by_hash(narrow(data, domain, "eval"), N_CUSTOMER)
     bad = {prompt_id(e.prompt): e for e in narrow(data, domain, "train_100")}
     good = good_answers(domain, {key: e.prompt for key, e in bad.items()})
@@ -110,8 +110,6 @@ def write_pairs(data: Path, out: Path, domain: str) -> None:
     rows = [{"topic": domain, "question": prompt, "good": right, "bad": wrong} for prompt, right, wrong in pairs]
     write_rows(out / "pairs" / f"in-{domain}.jsonl", rows[:N_IN_DOMAIN])
     write_rows(out / "pairs" / f"unseen-{domain}.jsonl", rows[:N_UNSEEN])
-    write_rows(out / "audit" / f"{domain}-bad.jsonl", chat(pair(prompt, wrong) for prompt, _, wrong in pairs))
-    write_rows(out / "audit" / f"{domain}-good.jsonl", chat(pair(prompt, right) for prompt, right, _ in pairs))
     seen = profile(customer, list(read_source(builtin("demo"), Path())))
     write_rows(out / "pairs" / f"context-{domain}.jsonl", [
         {"topic": p.topic, "question": dress(p.question, seen, lead(seen), ""), "good": p.good, "bad": p.bad}
