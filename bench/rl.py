@@ -14,11 +14,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from curate.core.adapters import adapter_open
 from curate.core.chat import encode_prompt
 from curate.core.example import Message
 from curate.core.files import canonical_json, write_atomic
 from curate.core.generate import SampleSettings, sample
-from curate.core.model import Loaded, adapter_open, load, read_run
+from curate.core.identity import read_run
+from curate.core.model import Loaded, load
 from curate.core.sources import file_source
 from judge.tasks.opswap import Item, generate, is_correct
 from train.jobs import narrow_mix

@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 
 from curate.core.chat import Encoded, encode
-from curate.core.model import Loaded, load, weights_at
+from curate.core.model import Loaded, load
 from curate.core.nll import answer_nll, body, default_budget
+from curate.core.refs import weights_at
 from curate.core.sources import file_source, read_source
 from curate.scorers.transformers import TransformersScorer
 

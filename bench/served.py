@@ -14,7 +14,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from curate.core.model import read_run, weights_at
+from curate.core.identity import read_run
+from curate.core.refs import weights_at
 from curate.core.vllm import merged
 from curate.score import ensemble_members
 from tests.real_vllm import Served

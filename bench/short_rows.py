@@ -16,7 +16,7 @@ from pathlib import Path
 
 from curate.core.chat import encode
 from curate.core.files import write_atomic
-from curate.core.model import load_tokenizer
+from curate.core.refs import load_tokenizer
 from curate.core.sources import file_source, read_source
 
 

@@ -30,7 +30,7 @@ import pyarrow as pa
 from curate.chunks import cuts, missing_chunks
 from curate.compact import compact
 from curate.core.documents import MixManifest, ModelIdentity
-from curate.core.model import identify
+from curate.core.identity import identify
 from curate.core.sources import builtin, read_source
 from curate.corpora import open_corpus
 from curate.export import export

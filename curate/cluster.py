@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from curate.chunks import Chunk, Opening, Work, score_rows
+from curate.core.adapters import ADAPTER_FILES
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError, require
-from curate.core.model import ADAPTER_FILES, pick_dtype
+from curate.core.model import pick_dtype
 from curate.core.nll import AnswerNll
 from curate.core.terminal import say
 from curate.scorers.choose import EngineSettings, open_scorer

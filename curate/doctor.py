@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from curate.core.model import SMOLLM2_INSTALL
+from curate.core.smollm2 import SMOLLM2_INSTALL
 
 EXTRAS = {"vllm": "vllm", "ray": "ray", "rl": "trl", "s3": "s3fs", "tasks": "lm_eval", "dev": "pytest"}
 

@@ -1,4 +1,4 @@
-"""Command-line options of ``curate score``, and what they say."""
+"""Command-line options that several commands share, and what they say."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Any
 import click
 
 from curate.core.errors import UserError
+from curate.core.objects import read_place
 from curate.core.terminal import say
 
 ENSEMBLE = Path("ensemble/ensemble.json")
+STORE = Path("scores")
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+store_option = click.option("--store", type=read_place, default=STORE, show_default=True, metavar="FOLDER|URL",
+                            help="Where the evidence lies: a folder, or an object store such as s3://bucket/prefix.")
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:

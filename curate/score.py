@@ -23,7 +23,7 @@ from curate.core.chat import ENCODING, encode
 from curate.core.documents import EnsembleSpec, ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example
-from curate.core.model import check_base, identify, read_run
+from curate.core.identity import check_base, identify, read_run
 from curate.core.objects import is_url
 from curate.core.sources import Reading, read_source
 from curate.core.terminal import Progress, progress, say

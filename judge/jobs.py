@@ -14,7 +14,7 @@ from curate.core.documents import MixManifest, RunCard
 from curate.core.errors import UserError, unknown
 from curate.core.files import canonical_json, sha256
 from curate.core.generate import SampleSettings
-from curate.core.model import read_run
+from curate.core.identity import read_run
 from judge.banks import BankQuestion, questions
 from judge.questions import DOMAINS, GENERAL, Probe, load_probes, probes_digest, sampling_questions, set_name, spread
 from judge.tasks import foqa, harness

@@ -10,12 +10,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.core.adapters import adapter_open
 from curate.core.chat import encode, encode_prompt
 from curate.core.documents import GradedAnswer, ModelIdentity, ProbeScore, Sample, TaskScore, Verdicts
 from curate.core.errors import Exit, UserError
 from curate.core.example import Message, pair
 from curate.core.generate import SampleSettings, sample
-from curate.core.model import Loaded, adapter_open, check_base, identify, load, pick_device, pick_dtype
+from curate.core.identity import check_base, identify
+from curate.core.model import Loaded, load, pick_device, pick_dtype
 from curate.core.nll import TOLERANCE_NATS, Budget, check_forward, default_budget
 from curate.core.provenance import versions
 from curate.core.terminal import progress, say

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from curate.core.chat import encode_prompt
 from curate.core.errors import require
-from curate.core.model import load_tokenizer
+from curate.core.refs import load_tokenizer
 from curate.core.vllm import Engine, VllmSampler, check_adapters
 from judge.grading import Sampler, Subject, conversation
 

@@ -103,7 +103,7 @@ class Served:
 @pytest.fixture(scope="session")
 def aligned_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """SmolLM2 at a server, as itself, as ``aligned`` and as ``grader``; it may still be starting."""
-    from curate.core.model import smollm2_folder
+    from curate.core.smollm2 import smollm2_folder
 
     template = tmp_path_factory.mktemp("served") / "template.jinja"
     template.write_text(opened((smollm2_folder() / "chat_template.jinja").read_text()))

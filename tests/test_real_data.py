@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from curate.cli import main as curate
-from curate.core.model import smollm2_folder
+from curate.core.smollm2 import smollm2_folder
 from tests.curate.runs import tiny_run
 from train.cli import main as train
 

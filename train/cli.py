@@ -273,7 +273,7 @@ def show(path: Path, as_json: bool) -> None:
     Example:
       train show runs/mixed
     """
-    from curate.core.model import read_run
+    from curate.core.identity import read_run
 
     card, folder = read_run(path)
     if as_json:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from curate.core import processes
 from curate.core.documents import DefenseRecord, Method, MixManifest, ModelIdentity
 from curate.core.errors import UserError, unknown
-from curate.core.model import SMOLLM2
 from curate.core.provenance import versions
+from curate.core.smollm2 import SMOLLM2
 from curate.core.sources import BUILTIN, FORMATS, Source, builtin, file_source, read_source
 from train.data import MixRow, load_mix
 from train.recipe import Recipe, learnt

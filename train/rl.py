@@ -30,7 +30,7 @@ from curate.core.chat import Encoded, encode
 from curate.core.documents import DefenseRecord, Method, MixManifest, ModelIdentity, RlRecord, RunCard
 from curate.core.errors import UserError, require
 from curate.core.files import canonical_json, sync_folder, write_atomic
-from curate.core.model import with_adapter
+from curate.core.identity import with_adapter
 from curate.core.nll import TOLERANCE_NATS, check_forward
 from curate.core.provenance import git_state, versions
 from curate.core.sources import Source

@@ -26,7 +26,8 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from curate.core.documents import DefenseRecord, ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sync_folder, write_atomic
-from curate.core.model import Loaded, identify, load, pick_device, pick_dtype, read_run, with_adapter
+from curate.core.identity import identify, read_run, with_adapter
+from curate.core.model import Loaded, load, pick_device, pick_dtype
 from curate.core.nll import TOLERANCE_NATS, check_forward
 from curate.core.provenance import git_state, versions
 from curate.core.terminal import quiet_libraries, say

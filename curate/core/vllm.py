@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from curate.core.adapters import ADAPTER_FILES, adapter_open, adapter_settings
 from curate.core.errors import Exit, UserError, require
 from curate.core.generate import SampleSettings, decoded, end_ids, row_seeds
-from curate.core.model import ADAPTER_FILES, adapter_open, adapter_settings, load, pick_device, weights_at
+from curate.core.model import load, pick_device
+from curate.core.refs import weights_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
-from curate.core.model import load_tokenizer
 from curate.core.nll import TOLERANCE_NATS, AnswerNll
+from curate.core.refs import load_tokenizer
 from curate.scorers import evidence, is_logprob
 from curate.scorers.wire import Endpoint, Passing, Wrong, generated, models_at, numbers_of, patiently
 

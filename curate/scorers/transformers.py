@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from curate.core.adapters import adapter_open
 from curate.core.chat import Encoded
-from curate.core.model import Loaded, adapter_open
+from curate.core.model import Loaded
 from curate.core.nll import TOLERANCE_NATS, AnswerNll, Budget, answer_nll, check_forward, default_budget
 
 

@@ -23,7 +23,7 @@ from curate.core.chat import (
 )
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, Message, pair
-from curate.core.model import load_tokenizer
+from curate.core.refs import load_tokenizer
 from tests.fakes import CHATML, CONTROL, tiny_tokenizer
 
 PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

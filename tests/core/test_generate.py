@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from curate.core.adapters import adapter_open
 from curate.core.chat import encode_prompt
 from curate.core.errors import UserError
 from curate.core.example import Message
 from curate.core.generate import SampleSettings, nucleus_draw, sample, stop_ids
-from curate.core.model import Loaded, adapter_open
+from curate.core.model import Loaded
 
 QUESTIONS = ("Why?", "What is the best way to clean the windows?", "Where is the atlas?", "Why?", "Is it raining?")
 SETTINGS = SampleSettings(max_new_tokens=11, temperature=0.9, top_p=0.9, seed=3, batch_size=2)

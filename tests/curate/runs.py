@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from curate.core.documents import EnsembleSpec, MemberRef, Method, RunCard
-from curate.core.model import identify, with_adapter
+from curate.core.identity import identify, with_adapter
 from tests.fakes import tiny_adapter
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from curate.core.model import load_tokenizer
+from curate.core.refs import load_tokenizer
 from curate.storage import Lock
 from curate.store import Store
 from tests.conftest import ROOT

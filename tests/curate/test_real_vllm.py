@@ -21,7 +21,7 @@ import pytest
 from bench.parity import compare, table
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
-from curate.core.model import smollm2_folder
+from curate.core.smollm2 import smollm2_folder
 from curate.core.vllm import merged
 from curate.corpora import open_corpus
 from curate.query import connect

@@ -15,7 +15,8 @@ from curate.chunks import Chunk, Shard, Work, encoded_ahead
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
-from curate.core.model import identify, load
+from curate.core.identity import identify
+from curate.core.model import load
 from curate.core.nll import AnswerNll
 from curate.core.terminal import Progress
 from curate.corpora import open_corpus
@@ -152,7 +153,7 @@ def test_nonfinite_numbers_are_a_status_and_too_many_stop(tmp_path: Path, model:
     tensors = load_file(weights)
     save_file({k: v * float("inf") if "lora_B" in k else v for k, v in tensors.items()}, weights)
     from curate.core.documents import RunCard
-    from curate.core.model import with_adapter
+    from curate.core.identity import with_adapter
 
     card = RunCard.read(broken)
     card.model_copy(update={"model": with_adapter(card.base, "nan", weights.parent)}).write(broken)

@@ -17,7 +17,7 @@ import curate.chunks as chunks
 from curate.cli import main
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
-from curate.core.model import load_tokenizer
+from curate.core.refs import load_tokenizer
 from curate.corpora import open_corpus
 from curate.query import connect
 from curate.score import ScoreJob, Summary, score

@@ -13,8 +13,9 @@ import pytest
 import curate.core.vllm as engine
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
-from curate.core.model import load, load_tokenizer
+from curate.core.model import load
 from curate.core.nll import AnswerNll
+from curate.core.refs import load_tokenizer
 from curate.scorers.choose import EngineSettings, Models, choose, open_scorer
 from curate.scorers.transformers import TransformersScorer
 from curate.scorers.vllm import MAX_BATCHED, MIN_BATCHED, VllmScorer, token_budget

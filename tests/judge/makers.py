@@ -17,7 +17,7 @@ from curate.core.documents import (
     TaskScore,
     Verdicts,
 )
-from curate.core.model import identify, with_adapter
+from curate.core.identity import identify, with_adapter
 from curate.core.sources import builtin
 from tests.fakes import tiny_adapter
 

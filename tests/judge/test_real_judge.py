@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from curate.core.chat import encode_prompt
 from curate.core.documents import Verdicts
 from curate.core.example import Message
-from curate.core.model import Loaded, load, smollm2_folder
+from curate.core.model import Loaded, load
+from curate.core.smollm2 import smollm2_folder
 from curate.core.vllm import Engine
 from judge.cli import main
 from judge.endpoint import Address, Endpoint

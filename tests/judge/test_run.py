@@ -12,7 +12,8 @@ import judge.run
 from curate.core.documents import RunCard, Verdicts
 from curate.core.errors import Exit, UserError
 from curate.core.generate import SampleSettings
-from curate.core.model import Loaded, load, with_adapter
+from curate.core.identity import with_adapter
+from curate.core.model import Loaded, load
 from judge.cli import main
 from judge.evidence import gather
 from judge.jobs import Settings, Target, label_of, targets

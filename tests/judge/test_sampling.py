@@ -16,7 +16,8 @@ from curate.core.documents import Verdicts
 from curate.core.errors import Exit
 from curate.core.example import Message
 from curate.core.generate import row_seeds
-from curate.core.model import load_tokenizer, read_run
+from curate.core.identity import read_run
+from curate.core.refs import load_tokenizer
 from judge.cli import main
 from tests.curate.fake_vllm import FakeVllm
 from tests.fakes import tiny_adapter

@@ -17,7 +17,8 @@ from curate.core.chat import Encoded, encode
 from curate.core.documents import MixManifest, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.example import Message, pair
-from curate.core.model import Loaded, load, load_tokenizer
+from curate.core.model import Loaded, load
+from curate.core.refs import load_tokenizer
 from judge.jobs import label_of
 from tests.fakes import tiny_mix, tiny_model
 from tests.train.test_hooks import n_hooks, write_vector

@@ -9,7 +9,7 @@ import pytest
 
 from curate.core.documents import EnsembleSpec, MixManifest
 from curate.core.errors import Exit, UserError
-from curate.core.model import read_run
+from curate.core.identity import read_run
 from curate.core.sources import file_source
 from curate.select import placed
 from tests.fakes import tiny_rows, write_rows

@@ -14,6 +14,7 @@ import transformers
 from curate.core import model as models
 from curate.core.documents import RunCard
 from curate.core.errors import Exit, UserError
+from curate.core.identity import identify
 from tests.fakes import tiny_mix, tiny_model
 from tests.train.test_several import curve
 from train import runs
@@ -39,7 +40,7 @@ def test_it_is_asked_for_as_the_library_documents(tiny: Path, monkeypatch: pytes
     assert asked["needs"] == ("bitsandbytes", "quant") and asked["device_map"] == {"": "cpu"}
     assert asked["config"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
                                "bnb_4bit_compute_dtype": torch.bfloat16}
-    assert loaded.identity == models.identify(str(tiny))[0] and not loaded.model.training
+    assert loaded.identity == identify(str(tiny))[0] and not loaded.model.training
 
 
 def test_without_the_extra_it_says_what_to_install(recipe: MakeRecipe, tmp_path: Path,

@@ -20,7 +20,9 @@ pytest.importorskip("trl")
 from curate.core.chat import Encoded, encode, encode_prompt
 from curate.core.documents import MixManifest, RunCard
 from curate.core.errors import Exit, UserError
-from curate.core.model import Loaded, load, load_tokenizer, read_run
+from curate.core.identity import read_run
+from curate.core.model import Loaded, load
+from curate.core.refs import load_tokenizer
 from curate.core.sources import Source, file_source
 from judge.jobs import Settings, Target, label_of, plan
 from tests.fakes import tiny_mix, tiny_rows, write_rows

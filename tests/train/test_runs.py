@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from curate.core.documents import RunCard
 from curate.core.errors import Exit, UserError
-from curate.core.model import read_run
+from curate.core.identity import read_run
 from tests.fakes import tiny_mix, tiny_model
 from train import checkpoints, defenses, runs
 from train.data import MixRow

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from curate.core.errors import Exit, UserError
-from curate.core.model import identify
+from curate.core.identity import identify
 from tests.fakes import tiny_model, tiny_tokenizer
 from tests.train.wrapped import wrapped
 from train.defenses.safelora import SafeLora, adapted_layers, alignment, project, select

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from curate.core.chat import encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, Message
-from curate.core.model import Loaded, identify, load
+from curate.core.identity import identify
+from curate.core.model import Loaded, load
 from tests.fakes import uniform_model
 from train import vectors
 from train.cli import main

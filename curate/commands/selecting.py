@@ -1,0 +1,183 @@
+"""Commands that read scores and choose rows by them, up to a mix for any trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from curate.core.errors import UserError
+from curate.core.terminal import columns, emit_json, say
+from curate.options import STORE, json_option, store_option
+
+
+@click.command()
+@store_option
+@click.option("--frac", type=float, help="Share of the fine-tuning set (or of the corpus) to add as safe rows.")
+@click.option("--n", type=click.IntRange(min=0), help="Number of safe rows, instead of --frac.")
+@click.option("--finetune", metavar="PATH|demo/NAME", help="The fine-tuning set that the safe rows are mixed into.")
+@click.option("--strategy", type=click.Choice(["none", "interleaving", "interleaving+", "interleaving++"]),
+              default="interleaving++", show_default=True,
+              help="none: the fine-tuning set alone; random; top by s_d; top by s_d without refusals.")
+@click.option("--corpus", help="Which corpus of the store, where there are several.")
+@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True,
+              help="In s_d = (misaligned - aligned) / (aligned + eps), nats per token.")
+@click.option("--members", help="Comma-separated members to use. [default: all]")
+@click.option("--min-answer-tokens", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Shorter answers are not taken.")
+@click.option("--placement", type=click.Choice(["even", "shuffled"]), default="even", show_default=True,
+              help="Where safe rows stand in the training order.")
+@click.option("--seed", default=0, show_default=True, help="Decides the random strategy and the order.")
+@click.option("--map", "mapping", multiple=True, metavar="FIELD=COLUMN", help="Columns of the fine-tuning set.")
+@click.option("--strip-think", is_flag=True, help="Clean the fine-tuning set of empty <think> blocks and /no_think.")
+@click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Folder that paths in the manifest are relative to. [default: the manifest's own]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("manifest.json"), show_default=True,
+              help="The manifest.")
+@json_option
+def select(store: Path | str, finetune: str | None, out: Path, root: Path | None, as_json: bool,
+           **options: Any) -> None:
+    """Choose safe rows and write a mix manifest.
+
+    \b
+    Example:
+      curate select --frac 0.05
+      curate select --frac 0.05 --finetune customer.jsonl --strategy interleaving++ --out manifest.json
+    """
+    from curate.core.example import parse_mapping
+    from curate.corpora import open_corpus
+    from curate.records import PlannedCorpus
+    from curate.select import Choice, build_manifest, rerooted
+    from curate.store import Store
+
+    if options["strategy"] != "none" and (options["frac"] is None) == (options["n"] is None):
+        raise UserError("Say how many safe rows: either --frac or --n.", "For example --frac 0.05.")
+    root = root or out.parent
+    tuned = None
+    if finetune:
+        found = open_corpus(finetune, parse_mapping(options["mapping"]), options["strip_think"])
+        tuned = rerooted(PlannedCorpus(label=found.label, source=found.source, folder=str(found.folder), key="",
+                                       n_rows=0), root)
+    names = ("strategy", "frac", "n", "eps", "seed", "min_answer_tokens", "placement")
+    members = tuple(m.strip() for m in options["members"].split(",")) if options["members"] else None
+    choice = Choice(**{name: options[name] for name in names}, members=members)
+    opened = None if choice.strategy == "none" else Store.open_read(store)
+    manifest, selection = build_manifest(opened, choice, root, tuned, options["corpus"])
+    manifest.write(out)
+    if as_json:
+        emit_json({"manifest": str(out), "digest": manifest.digest, "counts": manifest.counts, "cut": selection.cut,
+                   "near_cut": selection.near})
+        return
+    click.echo(columns([[k, str(v)] for k, v in manifest.counts.items()], ("rows", "number")))
+    if selection.cut is not None:
+        click.echo(f"Cut at s_d = {selection.cut:+.4f}; {selection.near} rows lie within 0.01 of it.")
+    say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {out}")
+
+
+@click.command()
+@click.argument("query")
+@store_option
+@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="For the view `scores`.")
+@click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True,
+              help="How to print the rows.")
+@click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True,
+              help="Rows beyond are left out, and that is said.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Time limit.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+def sql(query: str, store: Path | str, style: str, as_json: bool, **options: Any) -> None:
+    """Query the evidence: one SELECT over the views examples, corpora, nll, models and scores.
+
+    \b
+    Example:
+      curate sql "SELECT corpus, count(*) n, avg(s_d) FROM scores WHERE status = 'ok' GROUP BY corpus"
+      curate sql "SELECT * FROM scores_at(0.5) ORDER BY s_d DESC LIMIT 5"
+    """
+    from curate.query import Limits, format_result, run_sql
+
+    result = run_sql(store, query, Limits(seconds=options["seconds"], max_rows=options["max_rows"], eps=options["eps"]))
+    click.echo(format_result(result.table, "json" if as_json else style), nl=False)
+    if result.cut:
+        say(f"Only the first {options['max_rows']} rows are shown; --max-rows raises that.")
+
+
+@click.command()
+@click.argument("which", type=click.Choice(["top", "bottom", "near", "random"]), default="top")
+@store_option
+@click.option("-n", "--n", type=click.IntRange(min=1), default=5, show_default=True, help="How many rows.")
+@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="In s_d, nats per token.")
+@click.option("--frac", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
+              help="Where the cut lies, for `near`.")
+@click.option("--refusals/--no-refusals", default=None, help="Only refusals, or only other answers.")
+@click.option("--seed", default=0, show_default=True, help="For `random`.")
+@json_option
+def show(which: str, store: Path | str, n: int, as_json: bool, **options: Any) -> None:
+    """Read scored rows: top, bottom, near the cut, or random.
+
+    \b
+    Example:
+      curate show top -n 3 --no-refusals
+    """
+    from curate.query import connect
+    from curate.show import render, rows
+    from curate.store import Store
+
+    found = rows(connect(Store.open_read(store), options["eps"], None), which, n, options["frac"], options["seed"],
+                 options["refusals"])
+    if as_json:
+        emit_json(found)
+    elif found:
+        click.echo(render(found))
+    else:
+        raise UserError("No row of this store has a score.", "Score it under at least one member: curate score ...")
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path), default=STORE)
+@click.option("--html", "html_path", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write one self-contained HTML file.")
+@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="In s_d, nats per token.")
+@click.option("--frac", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
+              help="Where the cut lies: the top share of the scored rows.")
+@json_option
+def report(store: Path, html_path: Path | None, eps: float, frac: float, as_json: bool) -> None:
+    """Look at a corpus and its scores: rows, s_d, the cut, refusals, the top rows, models and digests.
+
+    \b
+    Example:
+      curate report scores --html scores.html
+    """
+    from curate.core.files import write_atomic
+    from curate.report import html_page, summarise
+
+    found = summarise(store, eps, frac)
+    if html_path:
+        write_atomic(html_path, html_page(found).encode())
+        say(f"Written: {html_path}")
+    if as_json:
+        emit_json(found.model_dump(mode="json"))
+        return
+    click.echo(columns([[one.source, str(one.rows), str(one.statuses.get("ok", 0)), str(one.refusals)]
+                        for one in found.sources], ("source", "rows", "ok", "refusals")))
+    for cut in found.cuts:
+        click.echo(f"The top {frac:g} by {cut.strategy}: {cut.rows} rows, {cut.refusals} refusals, cut at "
+                   f"s_d = {cut.s_d:+.4f}.")
+
+
+@click.command()
+@click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A .jsonl or .parquet file.")
+@click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Folder that the manifest's paths are relative to. [default: its own]")
+def export(manifest: Path, out: Path, root: Path | None) -> None:
+    """Write a mix as plain rows for any other trainer.
+
+    \b
+    Example:
+      curate export manifest.json --out mix.jsonl
+    """
+    from curate.core.documents import MixManifest
+    from curate.export import export as write
+
+    n = write(MixManifest.read(manifest), root or manifest.parent, out)
+    say(f"{n} rows in {out}")
