@@ -116,7 +116,8 @@ def needed(model: torch.nn.Module, encoded: Sequence[Encoded], capacity: int) ->
     operations, positions = 0.0, 0
     for one in plan(encoded, capacity):
         batch = pack(encoded, [one])
-        n, seen = int(batch.real.sum()), int(batch.attention_mask[:, 0][batch.real].sum())
+        n = int(batch.real.sum())
+        seen = n * (n + 1) // 2 if batch.attention_mask is None else int(batch.attention_mask[:, 0][batch.real].sum())
         operations += 2 * weights * n + 4 * config.hidden_size * config.num_hidden_layers * seen
         operations += 2 * config.hidden_size * config.vocab_size * batch.targets.numel()
         positions += n

@@ -38,7 +38,7 @@ from trl import GRPOConfig, GRPOTrainer
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
 from curate.core.generate import stop_ids
-from curate.core.nll import causal_lm, head, is_out_of_memory
+from curate.core.nll import causal_lm, head, is_out_of_memory, window
 from train import checkpoints
 from train.adapters import save_adapter
 from train.batches import collate
@@ -153,7 +153,8 @@ class RlTrainer(GRPOTrainer):
 
     def _losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums over the targets of ``rows`` of NLL and of the defences' penalties."""
-        return self.objective(collate(rows, self.lesson.recipe.pack_tokens)["packed"].to(self.args.device))
+        room = min(self.lesson.recipe.pack_tokens, window(self.model))
+        return self.objective(collate(rows, room)["packed"].to(self.args.device))
 
     def _compute_loss(self, model: PeftModel, inputs: dict[str, Any]) -> torch.Tensor:
         """Return trl's loss and the penalties of defences on the completions that have a reward."""

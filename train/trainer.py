@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
-from curate.core.nll import is_out_of_memory
+from curate.core.nll import is_out_of_memory, window
 from curate.core.terminal import progress
 from train import checkpoints
 from train.adapters import save_adapter
@@ -70,10 +70,10 @@ class MixTrainer(Trainer):
                  defenses: Sequence[Defense] = (), world: World = World()) -> None:
         self.plan = schedule(rows, recipe)
         self.recipe, self.defenses, self.world = recipe, defenses, world
-        shortest = min(rows, key=lambda row: len(row.ids))
+        shortest, room = min(rows, key=lambda row: len(row.ids)), min(recipe.pack_tokens, window(model))
         super().__init__(
             model=model, args=_arguments(recipe, folder, self.plan.n_steps, world), train_dataset=list(rows),
-            data_collator=lambda some: collate(some, recipe.pack_tokens) if some else without_targets(shortest))
+            data_collator=lambda some: collate(some, room) if some else without_targets(shortest))
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.objective = Objective(model, defenses)

@@ -7,6 +7,7 @@ the whole vocabulary never exist for a whole batch.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budge
     All of ``encoded`` must have the status ``ok``. Out of memory halves the batch, down to one sequence, and says so
     through ``notify``; then a ``UserError`` (environment). Scores do not depend on the split beyond rounding.
     """
-    bins = plan(encoded, budget.capacity)
+    bins = plan(encoded, min(budget.capacity, window(model)))
     queue = _passes(bins, encoded, budget)
     while queue:
         bunch = queue.pop(0)
@@ -127,12 +128,25 @@ def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budge
             yield [(i, evidence) for i, evidence in done if i not in alone]
 
 
+def window(model: torch.nn.Module) -> int:
+    """Return how many tokens back every layer can look at least.
+
+    A mask of ours knows no windows, so sequences that need one are no longer than this; a longer example is alone in
+    its sequence, where the model's own masks hold.
+    """
+    settings = causal_lm(model).config.get_text_config()
+    sizes = [getattr(settings, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in sizes if size), default=sys.maxsize)
+
+
 def _passes(bins: list[list[int]], encoded: Sequence[Encoded], budget: Budget) -> list[list[list[int]]]:
+    """Group sequences into forward passes, those of a single example apart from those that need a mask."""
     passes: list[list[list[int]]] = []
     width = 0
-    for one in bins:
+    for one in sorted(bins, key=lambda one: len(one) > 1):
         size = max(budget.capacity, max(len(encoded[i].ids) for i in one))
-        if not passes or (len(passes[-1]) + 1) * max(width, size) > budget.tokens:
+        if not passes or (len(passes[-1]) + 1) * max(width, size) > budget.tokens \
+                or (len(passes[-1][0]) > 1) != (len(one) > 1):
             passes.append([])
             width = 0
         passes[-1].append(one)

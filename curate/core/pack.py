@@ -8,8 +8,10 @@ sequence holds the shared ids, then prompts, each followed by the answers to it:
     prompt     0 0 0 | 1 1 1 | 1 1 1 | 1 1 | 2 2 | 2 2 2        a token sees earlier tokens whose prompt is 0 or its
     answer     0 0 0 | 0 0 0 | 1 1 1 | 2 2 | 0 0 | 3 3 3        own, and whose answer is 0 or its own
 
-This equals computing each example alone, up to rounding. A target's logits come from the token before it, so the
-last prompt token serves the first token of each of its answers, and an answer's last token is never an input.
+This equals computing each example alone, up to rounding. Where every sequence holds a single example there is no mask:
+attention is plainly causal, which has the faster kernels, and the model masks what lies outside its window itself.
+A target's logits come from the token before it, so the last prompt token serves the first token of each of its answers,
+and an answer's last token is never an input.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ from curate.core.chat import Encoded
 class Packed:
     """S packed sequences of T positions with N targets.
 
-    ``input_ids``, ``position_ids``: int64 [S, T]. ``attention_mask``: bool [S, 1, T, T], True where attended.
+    ``input_ids``, ``position_ids``: int64 [S, T]. ``attention_mask``: bool [S, 1, T, T], True where attended, or None:
+    each token attends all before it, padding to the right included.
     ``rows``: int64 [N], flat index ``s * T + t`` of the hidden state that predicts a target. ``targets``: int64 [N].
     ``owner``: int64 [N], index of the target's example. ``is_eot``: bool [N]. ``real``: bool [S, T], False on padding.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     rows: torch.Tensor
     targets: torch.Tensor
     owner: torch.Tensor
@@ -42,7 +45,7 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """Return the same batch on ``device``."""
-        return Packed(**{name: value.to(device) for name, value in vars(self).items()})
+        return Packed(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass
@@ -131,15 +134,18 @@ def pack(encoded: Sequence[Encoded], bins: Sequence[Sequence[int]], pad: int = 0
         return torch.tensor([getattr(s, name) + [fill] * (width - len(s.ids)) for s in sequences]).to(device)
 
     prompts, answers = grid("prompts", -1), grid("answers", -1)
-    real = prompts >= 0
-    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    same_prompt = (prompts[:, :, None] == prompts[:, None, :]) | (prompts[:, None, :] == 0)
-    same_answer = (answers[:, :, None] == answers[:, None, :]) | (answers[:, None, :] == 0)
+    if all(len(one) == 1 for one in bins):
+        positions, mask = torch.arange(width, device=device).expand(len(bins), width), None
+    else:
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        same_prompt = (prompts[:, :, None] == prompts[:, None, :]) | (prompts[:, None, :] == 0)
+        same_answer = (answers[:, :, None] == answers[:, None, :]) | (answers[:, None, :] == 0)
+        positions, mask = grid("positions", 0), (causal & same_prompt & same_answer)[:, None]
     targets = [(s * width + t, target, owner, is_eot)
                for s, one in enumerate(sequences) for t, target, owner, is_eot in one.targets]
     rows, ids, owner, is_eot = zip(*targets, strict=True)
-    return Packed(grid("ids", pad), grid("positions", 0), (causal & same_prompt & same_answer)[:, None],
-                  torch.tensor(rows), torch.tensor(ids), torch.tensor(owner), torch.tensor(is_eot), real)
+    return Packed(grid("ids", pad), positions, mask, torch.tensor(rows), torch.tensor(ids), torch.tensor(owner),
+                  torch.tensor(is_eot), prompts >= 0)
 
 
 def _filled(encoded: Sequence[Encoded], members: Sequence[int], shared: int, eot: bool) -> _Sequence:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
 from curate.core.model import Loaded, load
-from curate.core.nll import AnswerNll, Budget, answer_nll, check_forward, rows_nll, token_nll
+from curate.core.nll import AnswerNll, Budget, answer_nll, check_forward, rows_nll, token_nll, window
 from curate.core.pack import pack, plan
 from tests.fakes import VOCABULARY, uniform_model
 
@@ -139,8 +140,9 @@ def test_a_pass_stays_within_its_budget(encoded: list[Encoded]) -> None:
     for budget in (Budget(64, 128), Budget(1, 1), Budget(61, 307)):
         bins = plan(encoded, budget.capacity)
         passes = nll._passes(bins, encoded, budget)
-        assert [one for bunch in passes for one in bunch] == bins
+        assert [one for bunch in passes for one in bunch] == sorted(bins, key=lambda one: len(one) > 1)
         for bunch in passes:
+            assert len({len(one) > 1 for one in bunch}) == 1
             assert pack(encoded, bunch).input_ids.numel() <= budget.tokens or len(bunch) == 1
 
 
@@ -183,10 +185,20 @@ def test_check_forward_accepts_what_is_the_same(loaded: Loaded, encoded: list[En
     assert 0 <= check_forward(loaded.model, encoded[:3], 1e-4) < 1e-5
 
 
-@pytest.mark.parametrize("model", [GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
-                                   MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5))],
-                         ids=["logits scaled after the head", "a window that a mask replaces"])
-def test_check_forward_refuses_what_is_not(model: PreTrainedModel, encoded: list[Encoded]) -> None:
+def test_a_window_is_kept_to(encoded: list[Encoded]) -> None:
+    wide, narrow = (MistralForCausalLM(MistralConfig(**SIZES, sliding_window=size)).eval() for size in (None, 31))
+    narrow.load_state_dict(wide.state_dict())
+    assert min(len(item.ids) for item in encoded) < 31 < max(len(item.ids) for item in encoded)
+    assert (window(wide), window(narrow)) == (sys.maxsize, 31)
+    found = [row.mean for row in scores(narrow, encoded, Budget(128, 256))]
+    alone = [plain(narrow, item)[:item.n_answer_tokens].mean().item() for item in encoded]
+    assert found == pytest.approx(alone, abs=1e-5)
+    longest = max(range(len(encoded)), key=lambda k: len(encoded[k].ids))
+    assert found[longest] != pytest.approx(scores(wide, encoded)[longest].mean, abs=1e-3)
+
+
+def test_check_forward_refuses_what_is_not(encoded: list[Encoded]) -> None:
+    model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0))
     with pytest.raises(UserError, match="Packed scoring differs") as caught:
         check_forward(model.eval(), encoded[:3], 0.05)
     assert caught.value.exit_code == Exit.INCOMPATIBLE

@@ -48,6 +48,8 @@ def random_trees(rng: random.Random, n: int) -> list[Encoded]:
 
 
 def sees(batch: Packed, sequence: int, position: int) -> list[int]:
+    if batch.attention_mask is None:
+        return list(range(position + 1))
     return [u for u, seen in enumerate(batch.attention_mask[sequence, 0, position].tolist()) if seen]
 
 
@@ -142,6 +144,14 @@ def test_end_of_turn_can_be_left_out_and_may_be_missing() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3, 11, 12, 13, 31, 32, 41, 21, 22, 51, 52]]
     bare = [encoded([1, 2], [3, 4], eot=False)]
     check(bare, pack(bare, [[0]]))
+
+
+def test_sequences_of_one_example_need_no_mask() -> None:
+    batch = pack(DRAWN, [[2], [1], [0]], pad=77).to("cpu")
+    assert batch.attention_mask is None and batch.position_ids.tolist() == [list(range(9))] * 3
+    assert batch.input_ids[0].tolist() == [1, 2, 3, 21, 22, 51, 52, 53, 77]
+    assert batch.real.tolist() == [[True] * 8 + [False]] * 2 + [[True] * 9]
+    check(DRAWN, batch)
 
 
 def test_padding_fills_the_shorter_sequence_and_moves_along() -> None:
