@@ -29,7 +29,7 @@ from curate.scorers.choose import EngineSettings, open_scorer
 
 TRIES = 3
 """How many workers a chunk may lose before the run ends; what is finished is kept."""
-START_S = 120.0
+START_S = 300.0
 """How long to wait for a first worker."""
 LOOK_EVERY_S = 2.0
 """How often to look whether the cluster has grown."""

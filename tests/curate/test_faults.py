@@ -46,16 +46,16 @@ def alone(root: Path, call: str) -> tuple[int, int, int]:
 
 
 def test_process_groups_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
-    inflicted, struck, wrong = alone(tmp_path, "random_kills(root, 10)")
-    assert wrong == 0 and inflicted == 10 and struck >= 3
+    inflicted, struck, wrong = alone(tmp_path, "random_kills(root, 6)")
+    assert wrong == 0 and inflicted == 6 and struck >= 1
 
 
 def test_a_disk_that_is_full_for_real_costs_only_time(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         if disk is None:
             pytest.skip("mounting a file system is not allowed here")
-        inflicted, struck, wrong = alone(tmp_path, 'full_disk(root, root / "disk", step=3)')
-    assert wrong == 0 and struck == inflicted - 1 >= 5
+        inflicted, struck, wrong = alone(tmp_path, 'full_disk(root, root / "disk", step=5)')
+    assert wrong == 0 and struck == inflicted - 1 >= 3
 
 
 def test_out_of_memory_at_several_sizes_changes_nothing(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def processes_below(pid: int) -> dict[int, psutil.Process]:
 def test_a_killed_process_ends_all_and_one_process_goes_on(mix: Path, recipe: MakeRecipe, tmp_path: Path,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    wanted = recipe(defenses=("kl",), batch_size=2, epochs=25, save_every=4)
-    command = ["run", "--base", wanted.base, "--mix", str(mix), "--out", str(out), "--epochs", "25",
+    wanted = recipe(defenses=("kl",), batch_size=2, epochs=12, save_every=4)
+    command = ["run", "--base", wanted.base, "--mix", str(mix), "--out", str(out), "--epochs", "12",
                "--batch-size", "2", "--save-every", "4", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120",
                "--pack-tokens", "64", "--dtype", "float32", "--device", "cpu", "--defense", "kl"]
     child = subprocess.Popen(
@@ -191,9 +191,9 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(mix: Path, recipe: Ma
     assert child.returncode == 1
     assert "what was finished is kept" in text or "Another process of this run has ended" in text, text
     assert "SIGKILL" in text and not (out / "run.json").exists()
-    run(recipe(defenses=("kl",), batch_size=2, accumulation=2, epochs=25, save_every=4), mix, out)
+    run(recipe(defenses=("kl",), batch_size=2, accumulation=2, epochs=12, save_every=4), mix, out)
     assert "going on from checkpoint-" in capsys.readouterr().err
-    assert RunCard.read(out / "run.json").n_steps == 100
+    assert RunCard.read(out / "run.json").n_steps == 48
 
 
 def test_the_others_are_silent_but_for_their_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
