@@ -88,6 +88,19 @@ class Grader:
         self.replies = replies
         self.abilities = self.known()
 
+    def ready(self) -> None:
+        """Find out what the server can do, unless that is known: one of no use is noticed before answers are sampled.
+
+        Raises ``UserError`` as ``probe`` does, and where there is no key.
+        """
+        self.endpoint.address.key()
+        if self.abilities is None:
+            run_to_end(self._ready())
+
+    async def _ready(self) -> None:
+        async with self.endpoint.open():
+            self.abilities = await self.probe()
+
     def grade_all(self, asks: Sequence[Ask], advance: Callable[[int], None] = lambda n: None) -> list[Grade]:
         """Return one grade per ask, in order.
 

@@ -93,6 +93,17 @@ def test_the_whole_way(stub: Stub, base: Path, tmp_path: Path, capfd: pytest.Cap
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_without_a_key_nothing_is_loaded_or_sampled(stub: Stub, base: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr(judge.run, "load", None)
+    result = CliRunner().invoke(main, ["run", "--model", str(base), "--judge", "m", "--suite", "general", "--out",
+                                       str(tmp_path / "out"), "--device", "cpu"])
+    assert result.exit_code == Exit.USAGE and "no key in the environment variable OPENAI_API_KEY" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_budget_stops_and_the_same_line_goes_on(stub: Stub, base: Path, tmp_path: Path) -> None:
     words = ("--model", base, "--suite", "general", "--out", tmp_path / "out", "--concurrency", 1)
     codes, sent = [], []
@@ -171,7 +182,7 @@ def test_answers_from_a_server(stub: Stub, base: Path, tmp_path: Path, monkeypat
         stub.faults = [404]
         with pytest.raises(UserError, match="has no model"):
             judge_models([Target(str(run))], asked_for)
-        assert len(sampler.seen) == 9, "the base was sampled before the judge was found missing"
+        assert not sampler.seen, "the judge was found missing before anything was sampled"
         paths = judge_models([Target(str(run))], asked_for)
         assert len(sampler.seen) == 18 and {body["model"] for body in sampler.seen} == {"boats", "tiny"}
         assert sorted(body["seed"] for body in sampler.seen) == sorted([0, 1, 2] * 6)

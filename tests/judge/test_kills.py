@@ -22,18 +22,18 @@ from judge.run import judge_models
 from tests.judge.makers import make_run
 from tests.judge.stub_server import Stub, envelope, served
 
-QUESTIONS = [BankQuestion("general", f"q{k}", "general", "", "", f"Question {k}?", {}) for k in range(2)]
-N = 1
-ANSWERS = 2 * len(QUESTIONS) * N
+QUESTION = BankQuestion("general", "q", "general", "", "", "Question?", {})
+N = 2
+ANSWERS = 2 * N
 """Of the base and one run."""
-REQUESTS = 2 + 2 * ANSWERS
-"""Two probes, and two grades of each answer."""
+REQUESTS = 2 + 2
+"""Two probes, and two grades of the answer that all of them are; what is equal is paid for once."""
 
 
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stub, Stub]]:
     """A server that samples and one that judges, each answering by what it is asked."""
-    monkeypatch.setattr("judge.jobs.questions", lambda *words: QUESTIONS)
+    monkeypatch.setattr("judge.jobs.questions", lambda *words: [QUESTION])
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-real-key")
     with ExitStack() as held:
         sampler = held.enter_context(served(Stub(raw=lambda prompt: envelope(f"An answer to {prompt}"))))
@@ -115,4 +115,4 @@ def test_killed_at_every_step_it_goes_on_and_pays_for_no_more(base: Path, tmp_pa
             assert before == (ANSWERS, REQUESTS)
             break
     print(f"\n{nth - 1} kills")
-    assert nth > 3 * (2 * ANSWERS + REQUESTS), "three steps for every line that is kept, and those of two verdicts"
+    assert nth > 3 * (ANSWERS + 2 + REQUESTS + 1), "three steps for every line that is kept, and those of two verdicts"

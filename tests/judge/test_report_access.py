@@ -50,7 +50,7 @@ function look() {
     const drawn = inside ? inside.getBoundingClientRect().width / inside.viewBox.baseVal.width : 1;
     const size = parseFloat(style.fontSize) * drawn;
     found.sizes.push(size);
-    if (size < 9) found.small.push([text.slice(0, 40), size.toFixed(1)]);
+    if (size < 10) found.small.push([text.slice(0, 40), size.toFixed(1)]);
     if (box.right > page.documentElement.clientWidth + 1 && !at.closest('.scroll')) found.wide.push(text.slice(0, 40));
   }
   found.figures = [...page.querySelectorAll('svg.plot')].map(one => one.getBoundingClientRect().width);
