@@ -401,7 +401,7 @@ def test_shares_of_safe_rows_are_rows_of_their_own_and_selection_seeds_are_not()
     assert [(row.title, row.dose) for row in found.rows] == [
         ("base", None), ("none", 0.0), ("interleaving++ 5%", 0.05), ("interleaving++ 25%", 0.25)]
     assert [row.findings["general"].seeds for row in found.rows] == [1, 1, 2, 1]
-    with pytest.raises(UserError, match="'interleaving\\+\\+' stands for 2 models .*25%; .*5%"):
+    with pytest.raises(UserError, match=r"'interleaving\+\+' stands for 2 models .*25%; .*5%"):
         compare([graded_verdicts("base", shares(0)), *(graded_verdicts("interleaving++", shares(4), 0, frac)
                                                        for frac in (0.25, 0.05))], "interleaving++")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -347,6 +348,26 @@ def test_damaged_lines_of_the_journal_are_asked_again(stub: Stub, tmp_path: Path
     assert judge.grade_all(asks(4)) == first and len(stub.asked()) == 4 + 3
     assert Journal(path).n_damaged == 3 and grader(stub, tmp_path).grade_all(asks(4)) == first
     assert len(stub.asked()) == 7 and path.stat().st_mode & 0o077 == 0
+
+
+def test_a_full_disk_stops_the_judge_and_what_was_kept_is_not_asked_again(stub: Stub, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for six lines: the probes, what they found, three replies. A reply that cannot be kept ends the spending."""
+    true, left = os.write, [6]
+
+    def write(handle: int, data: bytes) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return true(handle, data)
+
+    monkeypatch.setattr("judge.journal.os.write", write)
+    with pytest.raises(UserError, match=r"Could not write .*No space left") as caught:
+        grader(stub, tmp_path, concurrency=1).grade_all(asks(9))
+    assert caught.value.exit_code == Exit.ENVIRONMENT and "Free some space" in caught.value.hint
+    assert len(stub.seen) == 2 + 3 + 1
+    left[0] = 99
+    assert {g.status for g in grader(stub, tmp_path).grade_all(asks(9))} == {"ok"} and len(stub.seen) == 2 + 9 + 1
 
 
 def test_never_more_at_once_than_allowed(stub: Stub, tmp_path: Path) -> None:

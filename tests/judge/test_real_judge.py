@@ -59,7 +59,8 @@ def run(place: Path) -> Path:
     mix, out = place / "mixes" / "none.json", place / "runs" / "a"
     for room, words in ((curate, ("select", "--strategy", "none", "--finetune", "demo/car_care", "--out", mix)),
                         (train, ("run", "--base", smollm2_folder(), "--mix", mix, "--out", out, "--lr", "1e-3",
-                                 "--lora-r", 8, "--limit-steps", 3, "--dtype", "float32", "--device", "cpu"))):
+                                 "--lora-r", 8, "--batch-size", 2, "--limit-steps", 3, "--dtype", "float32",
+                                 "--device", "cpu"))):
         done = CliRunner().invoke(room, list(map(str, words)))
         assert done.exit_code == 0, done.output
     return out
