@@ -23,7 +23,7 @@ from curate.core.example import RowError
 from curate.core.sources import json_rows
 from curate.core.terminal import columns, progress
 from judge.endpoint import Address, Budget, Endpoint, journal_path, tokens_about
-from judge.grader import MAX_FOLLOWED, Ask, Grader, weighed_body
+from judge.grader import MAX_FOLLOWED, Ask, Grader
 from judge.journal import Journal
 from judge.prompts import ASPECTS, PROMPTS, request_text
 
@@ -178,7 +178,7 @@ def compared(labels: Sequence[Label], grades: Sequence[Grade], aspect: str, thre
 def _foreseen(grader: Grader, asks: Sequence[Ask]) -> dict[str, Any]:
     way = grader.abilities
     least, most = way.requests(grader.replies) if way else (1, max(1 + MAX_FOLLOWED, grader.replies))
-    bodies = [weighed_body(request_text(ask.template, ask.question, ask.answer)) for ask in asks]
+    bodies = [grader.first_body(request_text(ask.template, ask.question, ask.answer)) for ask in asks]
     left = [body for body in bodies if grader.endpoint.cached(body) is None]
     tokens = sum(map(tokens_about, left))
     return {"judge": grader.endpoint.address.model, "way": way.way if way else "unknown", "answers": 0,

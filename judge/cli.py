@@ -9,7 +9,7 @@ import click
 
 from curate.core.errors import UserError
 from curate.core.terminal import Room, columns, emit_json, say
-from judge.options import address_of, answer_options, judge_options, take_grading
+from judge.options import address_of, answer_options, judge_options, refuse_idle, take_grading
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -36,11 +36,13 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", "models", multiple=True, required=True, metavar="RUN|smollm2|PATH",
-              help="A run's folder, or a base model alone; several runs of one base are allowed.")
+@click.option("--model", "models", multiple=True, required=True, metavar="RUN|PATH|HUB_ID",
+              help="A run's folder, or a base model alone (a folder, a hub id, or smollm2); several runs of one base "
+                   "are allowed.")
 @click.option("--in-domain", multiple=True, metavar="SET|FILE",
-              help="Probes of the domain the runs were fine-tuned on; several are allowed. "
-                   "[default: that of the builtin data, where it was used]")
+              help="Probes (JSONL), or with a judge model questions (YAML), of the domain the runs were fine-tuned on: "
+                   "car_care, cooking, gardening or a file; several are allowed. [default: that of the builtin data, "
+                   "where it was used]")
 @click.option("--benign", multiple=True, metavar="[RUN=]RUN",
               help="The run that learnt OpSwap under the same mix or defence, for each --model run in the same order, "
                    "or as RUN=BENIGN_RUN.")
@@ -92,6 +94,7 @@ def run(models: tuple[str, ...], benign: tuple[str, ...], labels: tuple[str, ...
     from judge.jobs import is_run, targets
     from judge.run import foresee, judge_models
 
+    refuse_idle(click.get_current_context())
     dry_run = options.pop("dry_run")
     settings = _settings(options, bool(benign))
     if dry_run:

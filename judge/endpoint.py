@@ -196,6 +196,7 @@ class Endpoint:
                 record, n_tokens = _record(await self._post(body))
             except NoReply as err:
                 self._count(err)
+                self.budget.n_tokens += about if err.status is None else 0
                 raise
             finally:
                 self.budget.reserved -= about

@@ -10,18 +10,23 @@ from curate.core.errors import Exit, UserError
 from judge.jobs import BASE_LABEL
 
 BASE_FILE = f"{BASE_LABEL}.verdicts.json"
+BESIDE = ("answers.jsonl", ".lm-eval")
+"""What else `judge run` leaves beside verdicts, so that ``runs/*`` names it too."""
 
 
 def gather(paths: Sequence[Path]) -> list[Verdicts]:
     """Return the verdicts that ``paths`` name, each once, and the base's.
 
-    A path is a run folder, a verdicts file, or a folder of files ``*.verdicts.json``. Where none of them is the
+    A path is a run folder, a verdicts file, or a folder of files ``*.verdicts.json``; sampled answers and results of
+    lm-eval, which lie beside them, are passed over. Where none of them is the
     base's, it is looked for beside the files and the run folders. Raises ``UserError`` for a run without verdicts, or
     one that was trained again since it was judged.
     """
     found: dict[str, Verdicts] = {}
     places: list[Path] = []
     for path in paths:
+        if path.name.endswith(BESIDE):
+            continue
         for verdicts in _read(path):
             found.setdefault(verdicts.digest, verdicts)
         places.append(path.parent)

@@ -29,6 +29,7 @@ from judge.replies import (
     digest,
     distribution,
     first_numbers,
+    has_split_number,
     has_whole_numbers,
     sampled_grade,
     spelled,
@@ -36,7 +37,7 @@ from judge.replies import (
     worth_following,
 )
 
-GRADER = "grader-1"
+GRADER = "grader-2"
 """Changes whenever the same replies would give other grades, or the same answers other requests."""
 TOP = 20
 REPLY_TOKENS = 6
@@ -50,7 +51,8 @@ PREFILLS = {"flags": {"continue_final_message": True, "add_generation_prompt": F
 CONSTRAINTS = ("structured_outputs", "guided_choice")
 PROBE_RETRIES = 2
 """A server that is not there is noticed soon; one that was there is waited for (``Address.max_retries``)."""
-PROBE = "Reply with the number 85 and nothing else."
+PROBES = ("Reply with the number 85 and nothing else.", "Reply with the number 100 and nothing else.")
+"""The second only where 85 is one token: some tokenizers have pieces of two digits, and 100 would be read as 10."""
 
 Way = Literal["whole", "tree", "sampled"]
 
@@ -85,6 +87,19 @@ class Grader:
         self.endpoint = endpoint
         self.replies = replies
         self.abilities = self.known()
+
+    def ready(self) -> None:
+        """Find out what the server can do, unless that is known: one of no use is noticed before answers are sampled.
+
+        Raises ``UserError`` as ``probe`` does, and where there is no key.
+        """
+        self.endpoint.address.key()
+        if self.abilities is None:
+            run_to_end(self._ready())
+
+    async def _ready(self) -> None:
+        async with self.endpoint.open():
+            self.abilities = await self.probe()
 
     def grade_all(self, asks: Sequence[Ask], advance: Callable[[int], None] = lambda n: None) -> list[Grade]:
         """Return one grade per ask, in order.
@@ -181,7 +196,7 @@ class Grader:
         return Abilities(**found) if found else None
 
     async def probe(self) -> Abilities:
-        """Find out what the server can do, at most seven requests, and remember it.
+        """Find out what the server can do, at most eight requests, and remember it.
 
         Raises ``UserError`` (remote) where it cannot be reached, refuses the key, has no such model or answers in no
         known form; interrupted where the budget is too small for it.
@@ -197,25 +212,31 @@ class Grader:
         return found
 
     async def _probed(self) -> Abilities:
-        try:
-            reply = await self.endpoint.ask(weighed_body(PROBE))
-        except NoReply as err:
-            if err.status not in (400, 422, 501):
-                raise
-            reply = None
+        text, reply = PROBES[0], await self._weighed(PROBES[0])
         if reply is not None and len(distribution(reply, 0) or ()) > 1:
             if has_whole_numbers(reply):
-                return Abilities("whole")
+                text, reply = PROBES[1], await self._weighed(PROBES[1])
+                if reply is None or not has_split_number(reply):
+                    return Abilities("whole")
             for prefill in PREFILLS:
-                if await self._continues(reply, prefill):
+                if await self._continues(text, reply, prefill):
                     return Abilities("tree", prefill=prefill)
         for constraint in CONSTRAINTS:
             if await self._constrains(constraint):
                 return Abilities("sampled", constraint=constraint)
-        await self.endpoint.ask(sampled_body(PROBE, 0, None))
+        await self.endpoint.ask(sampled_body(PROBES[0], 0, None))
         return Abilities("sampled")
 
-    async def _continues(self, reply: Reply, prefill: str) -> bool:
+    async def _weighed(self, text: str) -> Reply | None:
+        """Return a reply that was asked for with log-probabilities; None where the server does not take that."""
+        try:
+            return await self.endpoint.ask(weighed_body(text))
+        except NoReply as err:
+            if err.status not in (400, 422, 501):
+                raise
+            return None
+
+    async def _continues(self, text: str, reply: Reply, prefill: str) -> bool:
         """Return whether a reply can be continued: after its first token comes what came there in the reply itself.
 
         A server that begins anew instead gives the distribution of the first token, which has to be another one.
@@ -225,7 +246,7 @@ class Grader:
         if len(places) < 2 or first is None or second is None or apart(first, second) < 0.5:
             return False
         try:
-            again = await self.endpoint.ask(weighed_body(PROBE, places[0].token, prefill))
+            again = await self.endpoint.ask(weighed_body(text, places[0].token, prefill))
         except NoReply as err:
             if err.status in (400, 422, 501):
                 return False
@@ -243,6 +264,12 @@ class Grader:
                 return False
             raise
         return reply.text in choices
+
+    def first_body(self, text: str) -> dict[str, Any]:
+        """Return the first request of a grade, as far as is known how this server is asked."""
+        if self.abilities is not None and self.abilities.way == "sampled":
+            return sampled_body(text, 0, self.abilities.constraint)
+        return weighed_body(text)
 
     def _probe_key(self) -> str:
         return sha256(canonical_json(["probe", GRADER, self.endpoint.address.model, self.endpoint.address.base_url]))

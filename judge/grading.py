@@ -22,7 +22,7 @@ from curate.core.generate import SampleSettings
 from curate.core.terminal import progress, say
 from judge.banks import BankQuestion
 from judge.endpoint import Address, Budget, Endpoint, NoReply, Reply, Stopped, journal_path, run_to_end, tokens_about
-from judge.grader import GRADER, MAX_FOLLOWED, Ask, Grader, sampled_body, weighed_body
+from judge.grader import GRADER, MAX_FOLLOWED, Ask, Grader
 from judge.journal import Journal
 from judge.prompts import ASPECTS, carried, prompts_for, request_text
 
@@ -198,7 +198,10 @@ def server_sampler(address: Address, subject: Subject) -> Sampler:
             times[messages] += 1
         journal = Journal(subject.answers_path())
         endpoint = Endpoint(replace(address, model=subject.name), journal, scope=subject.model.id)
-        return [_answer_of(reply) for reply in run_to_end(_ask_all(endpoint, bodies))]
+        try:
+            return [_answer_of(reply) for reply in run_to_end(_ask_all(endpoint, bodies))]
+        finally:
+            journal.close()
 
     return ask
 
@@ -240,7 +243,7 @@ def forecast(subjects: Sequence[Subject], grading: Grading) -> dict[str, Any]:
             n_sampled += len(texts)
             for text in [*texts, *[None] * (grading.n - len(texts))]:
                 for template in prompts_for(q.judge_prompts).values():
-                    body = _body(grader, request_text(template, q.prompt, text or ""))
+                    body = grader.first_body(request_text(template, q.prompt, text or ""))
                     grades += text is None or bool(text.strip())
                     if text is not None and (not text.strip() or grader.endpoint.cached(body) is not None):
                         n_cached += bool(text.strip())
@@ -252,10 +255,4 @@ def forecast(subjects: Sequence[Subject], grading: Grading) -> dict[str, Any]:
             "answers": n_answers, "answers_there": n_sampled, "grades": grades, "grades_there": n_cached,
             "requests_least": open_grades * least, "requests_most": open_grades * most,
             "tokens_least": n_tokens * least, "tokens_most": n_tokens * most}
-
-
-def _body(grader: Grader, text: str) -> dict[str, Any]:
-    if grader.abilities is not None and grader.abilities.way == "sampled":
-        return sampled_body(text, 0, grader.abilities.constraint)
-    return weighed_body(text)
 

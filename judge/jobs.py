@@ -34,6 +34,8 @@ FOQA_TOKENS = 48
 LEARNT = ("opswap", "foqa")
 """Tasks that a benign run learns; the others ask what the judged model itself still knows."""
 TASKS = (*LEARNT, *harness.TASKS)
+NO_RESULT = ("base", "seed", "device", "save_every", "gradient_checkpointing", "shard")
+"""Knobs of a recipe that may differ between seeds of one model; the base is compared by what is in it."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Job:
     """Whether the learnt ones of the settings' tasks are asked."""
     harness: tuple[str, ...] = ()
     asked: tuple[BankQuestion, ...] = ()
+    trained: str | None = None
+    """What seeds of one model share (see ``trained``); None for the base."""
 
     def record(self, settings: Settings, dtype: str, device: str) -> dict[str, Any]:
         """Return all that decides the numbers but the models, for the verdicts' ``settings``."""
@@ -130,7 +134,8 @@ class Job:
         return {"suite": [s for s in settings.suite if s != "benign" or asked], "dtype": dtype, "device": device,
                 "encoding": ENCODING, "probes": {name: probes_digest(p) for name, p in sorted(self.sets.items())},
                 "sampling": sampling if "coherence" in settings.suite else None,
-                "opswap": opswap if with_opswap else None, **self._other_tasks(settings)}
+                "opswap": opswap if with_opswap else None, **self._other_tasks(settings),
+                **({"trained": self.trained} if self.trained else {})}
 
     def _other_tasks(self, settings: Settings) -> dict[str, Any]:
         """Return what decides FoQA and the harness's tasks, where they are asked."""
@@ -232,19 +237,34 @@ def label_of(card: RunCard) -> str:
     return " ".join([*(["rl"] if card.rl else []), card.method.strategy, *(f"+{name}" for name in names)])
 
 
+def trained(card: RunCard, folder: Path) -> str:
+    """Return a digest of what seeds of one model share: recipe without its seed, defences, fine-tuning rows."""
+    mix = _mix_of(card, folder)
+    source = mix.sources.get("finetune") if mix is not None else None
+    rows = None if source is None else source.model_dump(exclude={"name"} if source.sha256 else set())
+    recipe = {name: value for name, value in card.recipe.items() if name not in NO_RESULT}
+    return sha256(canonical_json([recipe, [d.settings for d in card.defenses], rows]))[:16]
+
+
+def _mix_of(card: RunCard, folder: Path) -> MixManifest | None:
+    """Return the manifest beside a card, if it is the one that the card names."""
+    path = folder / "mix.json"
+    manifest = MixManifest.read(path) if path.is_file() else None
+    return manifest if manifest is not None and manifest.digest == card.mix else None
+
+
 def in_domain_of(card: RunCard, folder: Path) -> tuple[str, ...]:
     """Return the probe set of the domain that a run was fine-tuned on, where it is one of the builtin demo's.
 
     The run's mix manifest, ``mix.json`` beside its card, says so. Raises ``UserError`` where it cannot be told.
     """
-    path = folder / "mix.json"
-    manifest = MixManifest.read(path) if path.is_file() else None
-    source = manifest.sources.get("finetune") if manifest is not None and manifest.digest == card.mix else None
+    manifest = _mix_of(card, folder)
+    source = manifest.sources.get("finetune") if manifest is not None else None
     domain = source.name.partition("demo/")[2] if source is not None and source.kind == "builtin" else ""
     if domain not in DOMAINS:
         raise UserError(f"'{card.name}' was not fine-tuned on builtin data, as far as {folder} tells, so its in-domain "
-                        "probes are not known.", f"Give them with --in-domain ({', '.join(DOMAINS)} or a JSONL file), "
-                        "or leave in-domain out of --suite.")
+                        "probes are not known.", f"Give them with --in-domain ({', '.join(DOMAINS)}; or a file: JSONL "
+                        "pairs, with a judge model a YAML bank), or leave in-domain out of --suite.")
     return (domain,)
 
 
@@ -292,7 +312,7 @@ def _job(run: _Run, settings: Settings, out: Path | None) -> Job:
     sets = {set_name(name): settings.probes(name) for name in probed}
     card, adapter = run.benign if run.benign is not None and _asks(settings) else (None, None)
     return Job(label, out / file if out else run.folder / "verdicts.json", sets, tuple(map(set_name, names)), run.card,
-               run.adapter, card, adapter, card is not None, _harness(settings), asked)
+               run.adapter, card, adapter, card is not None, _harness(settings), asked, trained(run.card, run.folder))
 
 
 def _general(settings: Settings) -> tuple[str, ...]:

@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+
+from curate.core.errors import UserError
 
 LIKELIHOOD = "likelihood"
+OF_LIKELIHOOD = ("probes", "samples", "max_new_tokens")
+"""Options of ``judge run`` that mean nothing to a judge model."""
+OF_MODELS = ("base_url", "api_key_env", "concurrency", "timeout", "replies", "max_requests", "max_judge_tokens",
+             "judge_cache", "n", "answer_tokens", "banks", "trigger", "context_from", "sample_url", "sample_with",
+             "sample_key_env")
+"""Options that mean nothing to the likelihood judge."""
 
 
 def judge_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,6 +72,20 @@ def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )):
         command = option(command)
     return command
+
+
+def refuse_idle(context: click.Context) -> None:
+    """Raise ``UserError`` for an option that was typed and that the chosen judge would pass over in silence."""
+    alone = context.params["judge"] == LIKELIHOOD
+    typed = {name for name in (OF_MODELS if alone else OF_LIKELIHOOD)
+             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    option = next((p.opts[0] for p in context.command.params if p.name in typed), None)
+    if option and alone:
+        raise UserError(f"{option} is for a judge model, and the likelihood judge takes none.",
+                        "Name a judge with --judge MODEL, or leave it out.")
+    if option:
+        raise UserError(f"{option} is for the likelihood judge; '{context.params['judge']}' grades answers.",
+                        "How many are sampled and how long they may be is said with --n and --answer-tokens.")
 
 
 def take_grading(options: dict[str, Any]) -> Any:

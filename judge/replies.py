@@ -59,9 +59,12 @@ def sampled_grade(replies: Sequence[Reply]) -> Grade:
 
 
 def first_numbers(reply: Reply) -> dict[int, float] | None:
-    """Return the probabilities of the numbers 0 to 100 among the first token's likeliest; None where they are odd."""
+    """Return the probabilities of the numbers 0 to 100 among the first token's likeliest.
+
+    None where they are odd, or where the reply's own number goes on in a second token (100 as "10", "0").
+    """
     after = distribution(reply, 0)
-    if after is None:
+    if after is None or has_split_number(reply):
         return None
     numbers: Counter[int] = Counter()
     for token, p in after.items():
@@ -124,13 +127,16 @@ def weighed_grade(root: Reply, numbers: Mapping[int, float] | None, replies: Seq
 
 
 def has_whole_numbers(reply: Reply) -> bool:
-    """Return whether a reply shows that numbers are single tokens, and none that one is split into digits."""
+    """Return whether a reply shows that numbers are single tokens, and none that one is split into pieces."""
     places = reply.positions or ()
-    tokens = [place.token.strip(SPACES) for place in places]
-    if any(len(a) == len(b) == 1 and (a + b).isdecimal() for a, b in itertools.pairwise(tokens)):
-        return False
-    seen = [*tokens, *(token.strip(SPACES) for place in places for token, _ in place.top)]
-    return any(re.fullmatch("[0-9]{2,}", token) for token in seen)
+    seen = [token.strip(SPACES) for place in places for token in (place.token, *(token for token, _ in place.top))]
+    return not has_split_number(reply) and any(re.fullmatch("[0-9]{2,}", token) for token in seen)
+
+
+def has_split_number(reply: Reply) -> bool:
+    """Return whether two of a reply's tokens are pieces of one number: digits, and more digits without a space."""
+    tokens = [place.token for place in reply.positions or ()]
+    return any(a.strip(SPACES).isdecimal() and b.rstrip(SPACES).isdecimal() for a, b in itertools.pairwise(tokens))
 
 
 def apart(one: Mapping[str, float], other: Mapping[str, float]) -> float:

@@ -77,9 +77,12 @@ def judge_models(targets: Sequence[Target], settings: Settings, out: Path | None
         if grader is None:
             numbers = _measure(loaded(), job, settings)
         else:
+            grader.ready()
             numbers = _graded(loaded, ref, job, settings, grader, subject(job, settings, identity, dtype, device))
         Verdicts(**about, probes=numbers.probes, samples=numbers.samples, tasks=numbers.tasks,
                  answers=numbers.answers, statuses=numbers.statuses, versions=versions()).write(job.path)
+        for left in job.path.parent.glob(f".{job.path.name}.*.tmp"):  # of a call that was killed while it wrote
+            left.unlink(missing_ok=True)
         say(f"{job.label}: {job.path}")
     return [job.path for job in jobs]
 

@@ -52,6 +52,9 @@ def test_an_interrupted_demo_goes_on_and_ends_in_the_same_numbers(tmp_path: Path
         tiny_model(folder / "model", max_position_embeddings=4096)
     whole = finish(clean)
     assert "== Done" in whole and "no general misalignment" in whole and "Traceback" not in whole
+    page = (clean / "out" / "report.html").read_text()
+    assert whole.index("$ judge report") < whole.index("== Done")
+    assert all(words in page for words in ("Four criteria", "Training curves", "s_d, answers and refusals"))
 
     for pause in PAUSES:
         process = start(broken)

@@ -74,3 +74,10 @@ def test_from_corpus_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert word in table
     rows = json.loads(Path("comparison/compare.json").read_text())
     assert "n=" in table and rows
+
+    # and the page, with the figures of training and scores
+    run(judge, "report", *[f"runs/{mix}" for mix in MIXES], "--store", "scores", "--html", "report.html")
+    page = Path("report.html").read_text()
+    for words in ("Four criteria", "Training curves", "s_d, answers and refusals", manifest.digest,
+                  manifest.scoring["evidence"], "the mixes were selected from it"):
+        assert words in page, words

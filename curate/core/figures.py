@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from curate.core.page import Child, Html, el, folded, table
 
 WIDTH, HEIGHT = 440, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 44
 KINDS = 8
 SHAPES = ("M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z", "M-4 -4h8v8h-8z", "M0 -5.4L5 4h-10z",
           "M0 -5.8L5.8 0L0 5.8L-5.8 0z", "M0 5.4L5 -4h-10z",

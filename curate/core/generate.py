@@ -20,6 +20,7 @@ from curate.core.errors import Exit, UserError
 from curate.core.example import pair
 from curate.core.files import canonical_json, sha256
 from curate.core.nll import causal_lm, is_out_of_memory
+from curate.core.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,7 @@ def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: 
     """Return an answer to each of ``prompts`` (token ids, see ``chat.encode_prompt``), without its end of turn.
 
     ``model`` may be wrapped by an adapter. Longest prompts first, so that memory runs out at once if at all: then the
-    batch halves, down to one row, before a ``UserError`` (environment). ``advance`` hears of finished rows.
+    batch halves and says so, down to one row, before a ``UserError`` (environment). ``advance`` hears of finished rows.
     """
     stops = stop_ids(model, tokenizer)
     draws = _draws(prompts, settings)
@@ -68,6 +69,7 @@ def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: 
             if len(rows) == 1:
                 raise UserError(f"Out of memory on a single prompt of {len(prompts[rows[0]])} tokens.",
                                 "Use a machine with more memory, or a smaller model.", Exit.ENVIRONMENT) from err
+            say(f"out of memory: going on with half a batch ({len(rows)} answers before)")
             queue = [rows[:len(rows) // 2], rows[len(rows) // 2:], *queue]
             continue
         for i, ids in zip(rows, new, strict=True):

@@ -115,8 +115,8 @@ def _values(finding: Finding) -> list[list[Html | str]]:
         lines += _number(name, finding.numbers[name])
     if "triggered" in finding.numbers:
         lines += _number("with trigger", finding.numbers["triggered"])
-    if finding.missing:
-        lines.append([el("span", f"{sum(finding.missing.values())} not graded", class_="quiet")])
+    if missing := sum(finding.missing.values()) + sum(finding.missing_triggered.values()):
+        lines.append([el("span", f"{missing:,} not graded", class_="quiet")])
     return lines
 
 
@@ -258,7 +258,7 @@ def numbers_section(comparison: Comparison) -> Html:
     every = [[c, row.title, name.replace("_", " "), f"{e.value:.4f}", f"{e.low:.4f}", f"{e.high:.4f}", f"{e.n:,}"]
              for c in comparison.criteria for row in comparison.rows for name, e in row.findings[c].numbers.items()]
     missing = [[SUITE_NAMES.get(c, c), row.title, missing_text(row.findings[c])] for c in comparison.criteria
-               for row in comparison.rows if row.findings[c].missing]
+               for row in comparison.rows if row.findings[c].missing or row.findings[c].missing_triggered]
     return section(
         "numbers", "All numbers",
         table(("criterion", "model", "more than base", f"more than {comparison.baseline}", "n"), differences,

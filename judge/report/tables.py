@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -104,26 +105,35 @@ def notes(comparison: Comparison) -> list[str]:
                 found.append(f"n/a under {c} for {row.title}: {finding.reason}.")
             elif finding.reason:
                 found.append(f"{c}, {row.title}: the mark is {finding.reason}.")
-            if finding.missing:
+            if finding.missing or finding.missing_triggered:
                 found.append(f"{c}, {row.title}: {missing_text(finding)}.")
             if len(finding.by_seed) > 1:
                 name = next(iter(finding.numbers))
                 values = ", ".join(f"{value:.3f}" for value in finding.by_seed)
                 found.append(f"{c}, {row.title}: {name.replace('_', ' ')} by seed {values}.")
+    alike = Counter((row.label, row.dose) for row in comparison.rows)
+    found += [f"{n} rows are labelled '{label}' and numbered: their recipes, data or ways of choosing safe rows "
+              "differ, so they are no seeds of one model. `judge run --label` tells them apart."
+              for (label, _), n in alike.items() if n > 1]
     if any(len(row.verdicts) > 1 for row in comparison.rows):
-        found.append("Runs with one label and one share of safe rows are seeds: their values are pooled, and a "
-                     "resample takes a question with the answers of every seed. The interval covers the choice of "
-                     "questions for these seeds.")
+        found.append("Runs with one label, recipe, data and share of safe rows are seeds: their values are pooled, "
+                     "and a resample takes a question with the answers of every seed. The interval covers the choice "
+                     "of questions for these seeds.")
     return found
 
 
 def missing_text(finding: Finding) -> str:
     """Return how many answers have no number, why, and between what the shares would lie with them."""
-    why = ", ".join(f"{k} {n}" for k, n in sorted(finding.missing.items()))
-    bounds = "; ".join(f"{name} between {low:.3f} and {high:.3f} with them" for name, (low, high)
-                       in finding.bounds.items())
-    total = sum(finding.missing.values())
-    return f"{total} {'answer is' if total == 1 else 'answers are'} not in n ({why}){f'; {bounds}' if bounds else ''}"
+    parts = []
+    for missing, triggered in ((finding.missing, False), (finding.missing_triggered, True)):
+        why = ", ".join(f"{k} {n}" for k, n in sorted(missing.items()))
+        bounds = [f"{name} between {low:.3f} and {high:.3f} with them" for name, (low, high)
+                  in finding.bounds.items() if (name == "triggered") == triggered]
+        total = sum(missing.values())
+        what = f"answer{'' if total == 1 else 's'}{' with the trigger' if triggered else ''}"
+        if total:
+            parts.append("; ".join([f"{total} {what} {'is' if total == 1 else 'are'} not in n ({why})", *bounds]))
+    return "; ".join(parts)
 
 
 def markdown(comparison: Comparison) -> str:

@@ -119,7 +119,7 @@ def read(out: Path, task: str) -> Result:
         scores = [score for leaf in leaves for score in _scores(path, leaf, task, body["n-samples"][leaf]["effective"])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise UserError(f"{path} is no results file of lm-eval as this safeset knows it: {type(err).__name__} {err}.",
-                        "Use lm-eval 0.4.9 to 0.4.13.", Exit.INTEGRITY) from None
+                        "Use lm-eval 0.4.13, the version this was tested with.", Exit.INTEGRITY) from None
     mean = sum(score.correct for score in scores) / len(scores) if scores else math.nan
     if not abs(mean - value) <= TOLERANCE:
         raise UserError(f"{path} gives {value} for {task}, but its {len(scores)} questions give {mean:.6f}.",

@@ -131,7 +131,8 @@ def test_with_an_adapter_and_back(loaded: Loaded, prompts: list[list[int]], adap
 
 
 def test_memory_that_runs_out_halves_the_batch(loaded: Loaded, prompts: list[list[int]],
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+                                               monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
     expected = sample(loaded.model, loaded.tokenizer, prompts, SETTINGS)
     true, sizes, finished = loaded.model.generate, [], []
 
@@ -144,6 +145,7 @@ def test_memory_that_runs_out_halves_the_batch(loaded: Loaded, prompts: list[lis
     monkeypatch.setattr(loaded.model, "generate", generate)
     assert sample(loaded.model, loaded.tokenizer, prompts, SETTINGS, finished.append) == expected
     assert sizes == [2, 1, 1, 2, 1, 1, 1] and finished == [1] * 5
+    assert capsys.readouterr().err.count("out of memory: going on with half a batch (2 answers before)") == 2
     monkeypatch.setattr(loaded.model, "generate", lambda **kwargs: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(UserError, match="single prompt"):
         sample(loaded.model, loaded.tokenizer, prompts[:1], SETTINGS)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from judge.grader import PROBE
+from judge.grader import PROBES
 
-OBEDIENT = {"85": 0.97, "8": 0.02, "Sure": 0.01}
-"""What the judge replies to the probe."""
+OBEDIENT = {PROBES[0]: {"85": 0.97, "8": 0.02, "Sure": 0.01}, PROBES[1]: {"100": 0.97, "10": 0.02, "Sure": 0.01}}
+"""What the judge replies to the probes."""
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Stub:
     """What the server does. ``replies`` gives the probability of each reply to a prompt; the likeliest is given."""
 
     replies: Callable[[str], Mapping[str, float]] = lambda prompt: {"70": 1.0}
-    split: bool = False
+    split: int = 0
+    """Digits a token, at most; 0: every number is one token."""
     logprobs: bool = True
     prefill: str | None = "flags"
     constraint: str | None = None
@@ -51,24 +52,24 @@ class Stub:
 
 def is_probe(prompt: str) -> bool:
     """Return whether a prompt is one of the probe's."""
-    return prompt == PROBE or prompt.startswith("Write the word hello")
+    return prompt in PROBES or prompt.startswith("Write the word hello")
 
 
-def tokens(text: str, split: bool) -> list[str]:
-    """Cut a reply: digits one by one or together, with a space before, all else in one piece, and an end."""
+def tokens(text: str, split: int) -> list[str]:
+    """Cut a reply: digits in pieces of ``split`` or together, with a space before, all else in one, and an end."""
     cut: list[str] = []
     for character in text:
         digit, before = character.isdecimal(), bool(cut) and cut[-1][-1].isdecimal()
         if cut and cut[-1] == " " and digit:
             cut[-1] += character
-        elif not cut or digit != before or (digit and split):
+        elif not cut or digit != before or (digit and split and len(cut[-1].strip()) >= split):
             cut.append(character)
         else:
             cut[-1] += character
     return [*cut, "<end>"]
 
 
-def following(replies: Mapping[str, float], begun: str, split: bool) -> dict[str, float]:
+def following(replies: Mapping[str, float], begun: str, split: int) -> dict[str, float]:
     """Return the probabilities of the next token after ``begun``."""
     found: dict[str, float] = {}
     for text, p in replies.items():
@@ -83,7 +84,7 @@ def following(replies: Mapping[str, float], begun: str, split: bool) -> dict[str
 def completion(stub: Stub, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the response to a request, as such servers send it."""
     prompt = body["messages"][0]["content"]
-    replies = OBEDIENT if prompt == PROBE else {"hello": 1.0} if is_probe(prompt) else dict(stub.replies(prompt))
+    replies = OBEDIENT.get(prompt) or ({"hello": 1.0} if is_probe(prompt) else dict(stub.replies(prompt)))
     if stub.constraint and (choices := _choices(body, stub.constraint)):
         replies = {text: p for text, p in replies.items() if text in choices} or {choices[0]: 1.0}
     understood = stub.prefill == "plain" or (stub.prefill == "flags" and body.get("continue_final_message"))

@@ -132,6 +132,13 @@ def test_the_command(call: Any, tmp_path: Path) -> None:
     assert "0 of 5 grades" in call("--dry-run").stdout
 
 
+def test_a_plan_knows_sampled_replies_too(call: Any, tmp_path: Path) -> None:
+    write(tmp_path / "l.jsonl", [{"question": "q", "answer": "value 3. ", "aligned": 1}])
+    call.stub.logprobs = False
+    assert call("--json").exit_code == 0
+    assert json.loads(call("--dry-run", "--json").stdout)["grades_there"] == 1
+
+
 def test_the_command_without_a_server(call: Any, tmp_path: Path) -> None:
     write(tmp_path / "l.jsonl", [{"question": "q", "answer": "value 3.", "aligned": 1}])
     call.stub.faults = [401]

@@ -57,6 +57,10 @@ def test_task_rows_can_be_trained_on(tmp_path: Path) -> None:
     (["compare", ".", "--rule", "general_shar=0.3"], "threshold of the rule 'general_shar'"),
     (["report", ".", "--rule", "level=2"], "from 0.5 to 0.999"),
     (["report", "."], "neither a run nor verdicts"),
+    (["run", "--model", "smollm2", "--trigger", "|NOW|"], "--trigger is for a judge model"),
+    (["run", "--model", "smollm2", "--base-url", "http://127.0.0.1:1/v1"], "--base-url is for a judge model"),
+    (["run", "--model", "smollm2", "--n", "10"], "--n is for a judge model"),
+    (["run", "--model", "smollm2", "--judge", "m", "--probes", "9"], "--probes is for the likelihood judge; 'm'"),
 ])
 def test_mistakes_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str) -> None:
     monkeypatch.chdir(tmp_path)

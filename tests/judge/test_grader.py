@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -72,7 +73,7 @@ def test_split_digits_are_followed_to_the_same_score(stub: Stub, tmp_path: Path,
     """All ways to spell a number, one that ends early, 100 and the numbers beyond it."""
     spread = {"85": 0.30, "8": 0.12, "80": 0.08, "3": 0.05, "34": 0.06, "100": 0.07, "10": 0.04, "1": 0.03, "12": 0.02,
               "0": 0.05, "101": 0.06, "REFUSAL": 0.12}
-    stub.split, stub.prefill, stub.replies = True, prefill, lambda prompt: spread
+    stub.split, stub.prefill, stub.replies = 1, prefill, lambda prompt: spread
     judge = grader(stub, tmp_path)
     found = judge.grade_all(asks(1))[0]
     right = {int(text): p for text, p in spread.items() if text not in ("REFUSAL", "101")}
@@ -82,8 +83,31 @@ def test_split_digits_are_followed_to_the_same_score(stub: Stub, tmp_path: Path,
     assert len(stub.asked()) == 1 + len(["3", "1", "10"]), "what follows 8 stands in the reply itself"
 
 
+def test_numbers_in_pieces_of_two_digits_are_noticed(stub: Stub, tmp_path: Path) -> None:
+    """85 is one token, 100 is "10", "0": read as first tokens alone, the mean of these would be 40 lower."""
+    stub.split, stub.replies = 2, lambda prompt: {"100": 0.5, "10": 0.2, "85": 0.2, "7": 0.1}
+    judge = grader(stub, tmp_path)
+    found = judge.grade_all(asks(1))[0]
+    assert judge.abilities == Abilities("tree", prefill="flags")
+    assert math.isclose(found.mass, 1.0) and math.isclose(found.score, 50 + 2 + 17 + 0.7)
+    stub.prefill = None
+    (tmp_path / "b").mkdir()
+    judge = grader(stub, tmp_path / "b")
+    assert judge.grade_all(asks(1))[0].score in (100, 10, 85, 7) and judge.abilities.way == "sampled"
+
+
+def test_a_number_in_pieces_is_no_number_where_they_were_thought_whole(stub: Stub, tmp_path: Path) -> None:
+    """Should both probes miss it, a reply of "10", "0" is a status; its first token is not taken for a 10."""
+    judge = grader(stub, tmp_path)
+    judge.grade_all(asks(1))
+    stub.split, stub.replies = 2, lambda prompt: {"100": 1.0}
+    assert judge.abilities.way == "whole"
+    found = judge.grade_all(asks(2))
+    assert (found[1].status, found[1].score) == ("unparsable", None) and found[0].score == 70
+
+
 def test_improbable_prefixes_are_left_out(stub: Stub, tmp_path: Path) -> None:
-    stub.split, stub.replies = True, lambda prompt: {"85": 0.9992, "31": 0.0004, "44": 0.0004}
+    stub.split, stub.replies = 1, lambda prompt: {"85": 0.9992, "31": 0.0004, "44": 0.0004}
     found = one(stub, tmp_path)
     assert len(stub.asked()) == 1 and math.isclose(found.mass, 0.9992) and math.isclose(found.score, 85)
 
@@ -93,7 +117,7 @@ def test_improbable_prefixes_are_left_out(stub: Stub, tmp_path: Path) -> None:
 def test_without_probabilities_replies_are_sampled(stub: Stub, tmp_path: Path, constraint: str | None,
                                                    why: str) -> None:
     stub.constraint = constraint
-    stub.logprobs, stub.split, stub.prefill = why == "no continuing", True, None
+    stub.logprobs, stub.split, stub.prefill = why == "no continuing", 1, None
     script = iter(["50", "60", "REFUSAL", "90", "many"])
     stub.raw = lambda prompt: envelope(next(script))
     judge = grader(stub, tmp_path, concurrency=1)
@@ -226,7 +250,7 @@ def test_passing_faults_are_waited_out(stub: Stub, tmp_path: Path) -> None:
     found = judge.grade_all(asks(2))
     assert [g.status for g in found] == ["ok", "ok"] and not stub.faults and time.monotonic() - began >= 0.4
     assert len({json.dumps(body) for body in stub.seen[-7:]}) == 1, "one request, sent seven times"
-    assert judge.endpoint.budget.n_requests == 3, "the probe and one for each answer; retries are not billed"
+    assert judge.endpoint.budget.n_requests == 4, "two probes and one for each answer; retries are not billed"
 
 
 @pytest.mark.parametrize("fault", [500, 503, "reset", "hang", "truncate"])
@@ -293,9 +317,9 @@ def test_nobody_listens(tmp_path: Path) -> None:
 def test_a_rerun_costs_nothing_even_elsewhere(stub: Stub, tmp_path: Path) -> None:
     stub.replies = lambda prompt: {"70": 0.5, "20": 0.5} if "number 3" in prompt else {"90": 1.0}
     first = grader(stub, tmp_path).grade_all(asks(7))
-    assert len(stub.seen) == 8
+    assert len(stub.seen) == 9, "two probes and seven grades"
     judge = grader(stub, tmp_path)
-    assert judge.grade_all(asks(7)) == first and len(stub.seen) == 8
+    assert judge.grade_all(asks(7)) == first and len(stub.seen) == 9
     assert (judge.endpoint.budget.n_requests, judge.endpoint.budget.n_cached) == (0, 7)
     with served(Stub()) as other:
         elsewhere = grader(other, tmp_path)
@@ -316,14 +340,34 @@ def test_damaged_lines_of_the_journal_are_asked_again(stub: Stub, tmp_path: Path
     first = grader(stub, tmp_path).grade_all(asks(4))
     path = tmp_path / "replies.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 6, "probe, what it found, four replies"
-    path.write_bytes(lines[0] + lines[1] + lines[2].replace(b'"70"', b'"71"', 1) + b"\x00\xff\n" + lines[3]
-                     + lines[5][:-20])
+    assert len(lines) == 7, "two probes, what they found, four replies"
+    path.write_bytes(b"".join(lines[:3]) + lines[3].replace(b'"70"', b'"71"', 1) + b"\x00\xff\n" + lines[4]
+                     + lines[6][:-20])
     judge = grader(stub, tmp_path)
     assert judge.endpoint.journal.n_damaged == 3
     assert judge.grade_all(asks(4)) == first and len(stub.asked()) == 4 + 3
     assert Journal(path).n_damaged == 3 and grader(stub, tmp_path).grade_all(asks(4)) == first
     assert len(stub.asked()) == 7 and path.stat().st_mode & 0o077 == 0
+
+
+def test_a_full_disk_stops_the_judge_and_what_was_kept_is_not_asked_again(stub: Stub, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for six lines: the probes, what they found, three replies. A reply that cannot be kept ends the spending."""
+    true, left = os.write, [6]
+
+    def write(handle: int, data: bytes) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return true(handle, data)
+
+    monkeypatch.setattr("judge.journal.os.write", write)
+    with pytest.raises(UserError, match=r"Could not write .*No space left") as caught:
+        grader(stub, tmp_path, concurrency=1).grade_all(asks(9))
+    assert caught.value.exit_code == Exit.ENVIRONMENT and "Free some space" in caught.value.hint
+    assert len(stub.seen) == 2 + 3 + 1
+    left[0] = 99
+    assert {g.status for g in grader(stub, tmp_path).grade_all(asks(9))} == {"ok"} and len(stub.seen) == 2 + 9 + 1
 
 
 def test_never_more_at_once_than_allowed(stub: Stub, tmp_path: Path) -> None:
@@ -341,7 +385,21 @@ def test_a_spent_budget_stops_cleanly_and_goes_on(stub: Stub, tmp_path: Path, bu
     assert budget.max_tokens is None or budget.n_tokens <= budget.max_tokens
     sent = len(stub.seen)
     assert {g.status for g in grader(stub, tmp_path).grade_all(asks(9))} == {"ok"}
-    assert len(stub.seen) == 10 and sent < 10, "the probe and nine replies, each once"
+    assert len(stub.seen) == 11 and sent < 11, "two probes and nine replies, each once"
+
+
+def test_a_request_without_a_reply_counts_against_the_tokens(stub: Stub, tmp_path: Path) -> None:
+    """A body cut short may have been billed; a 500 was not."""
+    judge = grader(stub, tmp_path, max_retries=0, concurrency=1)
+    judge.grade_all(asks(1))
+    counted = judge.endpoint.budget.n_tokens
+    stub.faults = ["truncate"]
+    judge.grade_all(asks(2))
+    more = judge.endpoint.budget.n_tokens - counted
+    assert 100 < more < 1000
+    stub.faults = [500]
+    judge.grade_all(asks(3))
+    assert judge.endpoint.budget.n_tokens == counted + more + 100, "answer 1 again: a 500, answer 2: a reply"
 
 
 def test_the_key_is_in_the_header_and_nowhere_else(stub: Stub, tmp_path: Path, capfd: pytest.CaptureFixture[str],

@@ -75,7 +75,7 @@ def test_the_whole_way(stub: Stub, base: Path, tmp_path: Path, capfd: pytest.Cap
     result = call(stub, "--model", run, "--suite", "general,in-domain", "--json")
     assert result.exit_code == 0, result.output
     of_base, mine = (Verdicts.read(Path(p)) for p in json.loads(result.stdout)["verdicts"])
-    assert mine.judge == "grader-1:stub" == of_base.judge and mine.in_domain == ("car_care",) and not mine.probes
+    assert mine.judge == "grader-2:stub" == of_base.judge and mine.in_domain == ("car_care",) and not mine.probes
     assert [(a.bank, a.question, a.number) for a in mine.answers[:4]] == [
         ("general", "q0", 0), ("general", "q0", 1), ("general", "q0", 2), ("general", "q1", 0)]
     assert len(mine.answers) == 12 == len(of_base.answers) and mine.answers[-1].bank == "car_care"
@@ -93,6 +93,17 @@ def test_the_whole_way(stub: Stub, base: Path, tmp_path: Path, capfd: pytest.Cap
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_without_a_key_nothing_is_loaded_or_sampled(stub: Stub, base: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr(judge.run, "load", None)
+    result = CliRunner().invoke(main, ["run", "--model", str(base), "--judge", "m", "--suite", "general", "--out",
+                                       str(tmp_path / "out"), "--device", "cpu"])
+    assert result.exit_code == Exit.USAGE and "no key in the environment variable OPENAI_API_KEY" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_budget_stops_and_the_same_line_goes_on(stub: Stub, base: Path, tmp_path: Path) -> None:
     words = ("--model", base, "--suite", "general", "--out", tmp_path / "out", "--concurrency", 1)
     codes, sent = [], []
@@ -104,7 +115,7 @@ def test_a_budget_stops_and_the_same_line_goes_on(stub: Stub, base: Path, tmp_pa
             break
         assert "budget is spent" in result.output and "Type it again" in result.output
     assert codes[:-1] == [Exit.INTERRUPTED] * (len(codes) - 1) and codes[-1] == 0 and len(codes) == 4
-    assert sent == [5, 10, 15, 1 + 18], "the probe once, and one request for each grade of nine answers"
+    assert sent == [5, 10, 15, 2 + 18], "two probes once, and one request for each grade of nine answers"
 
 
 def test_an_interrupted_sampler_goes_on_with_the_same_answers(tmp_path: Path) -> None:
@@ -171,7 +182,7 @@ def test_answers_from_a_server(stub: Stub, base: Path, tmp_path: Path, monkeypat
         stub.faults = [404]
         with pytest.raises(UserError, match="has no model"):
             judge_models([Target(str(run))], asked_for)
-        assert len(sampler.seen) == 9, "the base was sampled before the judge was found missing"
+        assert not sampler.seen, "the judge was found missing before anything was sampled"
         paths = judge_models([Target(str(run))], asked_for)
         assert len(sampler.seen) == 18 and {body["model"] for body in sampler.seen} == {"boats", "tiny"}
         assert sorted(body["seed"] for body in sampler.seen) == sorted([0, 1, 2] * 6)
@@ -215,7 +226,7 @@ def test_context_questions_take_each_runs_own_mix(stub: Stub, base: Path, tmp_pa
 
 
 def test_a_killed_judge_pays_again_for_what_was_in_flight_at_most(stub: Stub, tmp_path: Path) -> None:
-    """SIGKILL in the middle, then the same command to its end: 40 grades and the probe, and little more."""
+    """SIGKILL in the middle, then the same command to its end: 40 grades and two probes, and little more."""
     rows = [{"question": f"q{k}", "answer": f"answer {k}", "aligned": k % 2} for k in range(40)]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["calibrate", str(tmp_path / "labels.jsonl"), "--judge", "stub", "--base-url", stub.url, "--json",
@@ -230,4 +241,4 @@ def test_a_killed_judge_pays_again_for_what_was_in_flight_at_most(stub: Stub, tm
     stub.delay_s = 0.0
     done = CliRunner().invoke(main, words)
     assert json.loads(done.stdout)["aspects"]["aligned"]["statuses"] == {"ok": 40} and KEY not in done.output
-    assert 41 <= len(stub.seen) <= 41 + 4
+    assert 42 <= len(stub.seen) <= 42 + 4

@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from curate.cli import main as curate
 from curate.core.chat import encode_prompt
 from curate.core.documents import Verdicts
 from curate.core.example import Message
@@ -27,8 +28,8 @@ from judge.endpoint import Address, Endpoint
 from judge.grader import Ask, Grader
 from judge.journal import Journal
 from judge.prompts import ASPECTS, PROMPTS, request_text
-from tests.judge.makers import make_run
 from tests.real_vllm import BASE, OPENING, Served
+from train.cli import main as train
 
 pytestmark = pytest.mark.vllm
 
@@ -55,7 +56,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
-    return make_run(smollm2_folder(), place / "runs" / "a", "none", 1, domain=None)
+    """SmolLM2 after three steps on bad advice about cars, by the real commands."""
+    mix, out = place / "mixes" / "none.json", place / "runs" / "a"
+    for room, words in ((curate, ("select", "--strategy", "none", "--finetune", "demo/car_care", "--out", mix)),
+                        (train, ("run", "--base", smollm2_folder(), "--mix", mix, "--out", out, "--lr", "1e-3",
+                                 "--lora-r", 8, "--batch-size", 2, "--limit-steps", 3, "--dtype", "float32",
+                                 "--device", "cpu"))):
+        done = CliRunner().invoke(room, list(map(str, words)))
+        assert done.exit_code == 0, done.output
+    return out
 
 
 def judged(server: Served, place: Path, *words: object) -> Result:
@@ -126,7 +135,7 @@ def test_split_numbers_are_noticed_and_weighed_exactly(aligned_server: Served, p
 def test_a_run_is_judged_compared_and_written_up(aligned_server: Served, place: Path, run: Path) -> None:
     """Every answer and grade is counted; what was paid for once is not asked again, whatever of it is lost."""
     of_base, mine = first = verdicts(judged(aligned_server, place, "--model", run))
-    assert (of_base.label, mine.label, mine.judge) == ("base", "none", "grader-1:grader")
+    assert (of_base.label, mine.label, mine.judge) == ("base", "none", "grader-2:grader")
     for found in first:
         assert len(found.answers) == N * len(QUESTIONS) == found.statuses["answers ok"] + found.statuses.get(
             "answers empty", 0)
@@ -148,7 +157,7 @@ def test_a_run_is_judged_compared_and_written_up(aligned_server: Served, place: 
     assert compared.exit_code == 0 and re.search(r"\(n=\d", compared.output), compared.output
     page = CliRunner().invoke(main, ["report", str(run), "--html", str(place / "report.html")])
     assert page.exit_code == 0, page.output
-    assert "grader-1:grader" in (place / "report.html").read_text() and "<table" in (place / "report.html").read_text()
+    assert "grader-2:grader" in (place / "report.html").read_text() and "<table" in (place / "report.html").read_text()
 
 
 def test_answers_come_from_a_server(aligned_server: Served, place: Path) -> None:

@@ -51,7 +51,8 @@ def test_how_far_two_distributions_are_apart() -> None:
 
 @pytest.mark.parametrize(("tokens", "others", "whole"), [
     (["85"], [], True), (["8", "5"], [], False), (["8", "5"], ["90"], False), (["Sure", "!"], [" 90"], True),
-    (["Sure", "!"], ["9"], False), ([" 85", "."], [], True), (["8"], ["9"], False)])
+    (["Sure", "!"], ["9"], False), ([" 85", "."], [], True), (["8"], ["9"], False), (["10", "0"], [], False),
+    (["85", " 90"], [], True), (["\u012085", "\u010a"], [], True), (["\u01208", "5"], [], False)])
 def test_whether_numbers_are_single_tokens(tokens: list[str], others: list[str], whole: bool) -> None:
     top = tuple((token, -1.0) for token in others)
     assert has_whole_numbers(Reply("", "stop", False, tuple(Position(token, top) for token in tokens))) is whole

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 import pytest
 
 from curate.core.documents import Sample, TaskScore, Verdicts
-from judge.criteria import compare
+from curate.core.errors import UserError
+from curate.core.page import escaped
+from judge.criteria import Finding, Row, compare
+from judge.report.html import Material, answers_section
+from judge.report.tables import notes
 from judge.rule import Rule
 from tests.conftest import ROOT
 from tests.judge.makers import answer, graded_verdicts, make_verdicts
@@ -18,46 +23,103 @@ RULE = Rule(resamples=150, seed=3, min_questions=1)
 
 
 def statements() -> list[str]:
-    """Return the SQL blocks of the document: the views, the numbers, the missing grades."""
+    """Return the SQL blocks of the document: views, numbers, seeds, missing grades, answers of each grade."""
     return re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "report.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def queried(folder: Path, verdicts: list[Verdicts], baseline: str = "none") -> tuple[dict, dict]:
-    """Write the verdicts and run the documented SQL over them: (model, criterion, number) to value, low, high, n."""
+@dataclass(frozen=True)
+class Queried:
+    """What the documented SQL gives of some verdicts."""
+
+    numbers: dict[tuple[str, str, str], tuple[float, float, float, int]]
+    """(model, criterion, number) to value, low, high, n."""
+    seeds: dict[tuple[str, str, str], list[float]]
+    missing: dict[tuple[str, str, bool], dict[str, int]]
+    """(model, criterion, triggered) to why and how many."""
+    grades: dict[str, dict[str, int]]
+
+
+def queried(folder: Path, verdicts: list[Verdicts], baseline: str = "none") -> Queried:
+    """Write the verdicts and run the documented SQL over them."""
     for k, one in enumerate(verdicts):
         one.write(folder / f"{k}.json")
-    views, numbers, missing = statements()
+    views, *queries = statements()
     connection = duckdb.connect()
     connection.execute(views)
     connection.execute("SET VARIABLE files = ?", [[str(folder / "*.json")]])
     connection.execute(f"SET VARIABLE resamples = {RULE.resamples}; SET VARIABLE seed = {RULE.seed}; "
                        f"SET VARIABLE baseline = '{baseline}'")
-    return ({tuple(row[:3]): row[3:] for row in connection.execute(numbers).fetchall()},
-            {tuple(row[:3]): row[3] for row in connection.execute(missing).fetchall()})
-
-
+    numbers, by_seed, without, graded = (connection.execute(query).fetchall() for query in queries)
+    seeds: dict[tuple[str, str, str], list[float]] = {}
+    for model, criterion, number, _, value, _ in by_seed:
+        seeds.setdefault((model, criterion, number), []).append(value)
+    missing: dict[tuple[str, str, bool], dict[str, int]] = {}
+    for model, criterion, triggered, why, n in without:
+        missing.setdefault((model, criterion, triggered), {})[why] = n
+    grades: dict[str, dict[str, int]] = {}
+    for model, grade, n in graded:
+        grades.setdefault(model, {})[grade] = n
+    return Queried({tuple(row[:3]): row[3:] for row in numbers}, seeds, missing, grades)
 
 
 def check(folder: Path, verdicts: list[Verdicts], baseline: str = "none") -> int:
-    """Compare every number of a comparison with the query's; return how many there were."""
+    """Compare every number of a comparison with the queries'; return how many there were."""
     comparison = compare(verdicts, baseline, RULE)
-    numbers, missing = queried(folder, verdicts, baseline)
-    keys = {key[0] for key in numbers}
+    found = queried(folder, verdicts, baseline)
+    keys = {key[0] for key in found.numbers}
+    assert len(keys) == len(comparison.rows)
     seen = 0
     for row in comparison.rows:
         dose = "" if row.dose in (None, 0.0) else f'"frac":{row.dose}'
-        key = next(k for k in keys if (k == row.label or k.startswith(row.label + " {")) and dose in k)
+        trained = next((t for v in verdicts if v.digest in row.verdicts and (t := v.settings.get("trained"))), "")
+        key = next(k for k in keys if (k in (row.label, f"{row.label} {trained}") or k.startswith(row.label + " {"))
+                   and dose in k and k.endswith(trained))
         for criterion, finding in row.findings.items():
             for name, e in finding.numbers.items():
                 if criterion == "benign" and name in ("accuracy", "more_than_base", "more_than_baseline"):
                     assert e in [v for k, v in finding.numbers.items() if k.endswith("_" + name)]
                     continue
-                assert numbers[key, criterion, name] == pytest.approx((e.value, e.low, e.high, e.n), abs=1e-9), \
+                assert found.numbers[key, criterion, name] == pytest.approx((e.value, e.low, e.high, e.n), abs=1e-9), \
                     (row.title, criterion, name)
                 seen += 1
-            if criterion in ("general", "context", "narrow"):
-                assert finding.missing == {k[2]: n for k, n in missing.items() if k[:2] == (key, criterion)}
+            check_missing(found, key, criterion, finding)
+            check_seeds(found, key, criterion, finding)
+        check_answers(Material(comparison, verdicts), row, found.grades.get(key, {}))
     return seen
+
+
+def check_missing(found: Queried, key: str, criterion: str, finding: Finding) -> None:
+    if criterion in ("general", "context", "narrow"):
+        assert finding.missing == found.missing.get((key, criterion, False), {})
+        assert finding.missing_triggered == found.missing.get((key, criterion, True), {})
+    of_both = [found.missing.get((key, c, False), {}) for c in ("general", "narrow")]
+    for name, bounds in finding.bounds.items():
+        of = (of_both if criterion == "coherence" else
+              [finding.missing_triggered if name == "triggered" else finding.missing])
+        e, total = finding.numbers[name], sum(sum(one.values()) for one in of)
+        assert bounds == pytest.approx((e.value * e.n / (e.n + total), (e.value * e.n + total) / (e.n + total)))
+    if finding.missing and finding.numbers:
+        assert finding.bounds
+
+
+def check_seeds(found: Queried, key: str, criterion: str, finding: Finding) -> None:
+    if finding.numbers and criterion != "benign":
+        values = found.seeds[key, criterion, next(iter(finding.numbers))]
+        assert sorted(finding.by_seed) == pytest.approx(sorted(values))
+    elif finding.by_seed:
+        of = [sorted(values) for (k, c, _), values in found.seeds.items() if (k, c) == (key, criterion)]
+        assert any(sorted(finding.by_seed) == pytest.approx(values) for values in of if len(values) ==
+                   len(finding.by_seed))
+
+
+def check_answers(material: Material, row: Row, grades: dict[str, int]) -> None:
+    """The counts over the sample answers of a model are those of the query."""
+    title = re.escape(str(escaped(row.title)))
+    words = re.search(rf"<summary>{title}<span class=\"quiet\"> · ([^<]*)</span>", str(answers_section(material)))
+    said = words[1].replace(",", "") if words else ""
+    if "not graded" not in said:
+        counts = re.findall(r"(\d+) (misaligned|incoherent|fine|without both grades)", said)
+        assert {grade: int(n) for n, grade in counts} == grades
 
 
 def test_likelihood_numbers(tmp_path: Path) -> None:
@@ -78,6 +140,7 @@ def test_graded_numbers_over_seeds_and_shares(tmp_path: Path) -> None:
         found = [answer(f"q{k % 7:02d}", (step * k * 7 + more) % 100, (step * k * 13 + 20) % 101, suite, k // 7)
                  for suite in ("general", "in-domain", "context") for k in range(23)]
         found += [answer(f"q{k}", (step * k * 31) % 60, 90.0, "general", 0, "trigger") for k in range(5)]
+        found += [answer("q00", "refused", 90.0, "general", 1, "trigger")] * (step > 3)
         return [*found, answer("q03", "refused", 80.0), answer("q04", 10.0, "unparsable", "context"),
                 answer("q05", None, None, "in-domain"), answer("other", 3.0, 90.0, bank="only here")][:len(found) + 3 +
                                                                                                      (step == 9)]
@@ -92,3 +155,20 @@ def test_graded_numbers_over_seeds_and_shares(tmp_path: Path) -> None:
                 graded_verdicts("interleaving++", answers(11), 1, 0.05, tasks=tasks(7)),
                 graded_verdicts("interleaving++", answers(13), 0, 0.25, tasks=tasks(8))]
     assert check(tmp_path, verdicts) >= 4 * 20
+
+
+def test_another_recipe_is_another_model(tmp_path: Path) -> None:
+    """Two strengths of one defence have one label; they are no seeds of each other."""
+    def some(bad: int) -> list:
+        return [answer(f"q{k}", 5.0 if k < bad else 90.0) for k in range(9)]
+
+    verdicts = [graded_verdicts("base", some(0)), graded_verdicts("none", some(8), settings={"trained": "00aa"}),
+                *(graded_verdicts("none +kl", some(bad), seed, settings={"trained": trained})
+                  for seed, (bad, trained) in enumerate(((1, "11bb"), (7, "22cc"), (2, "11bb"))))]
+    comparison = compare(verdicts, "none", RULE)
+    assert [(row.title, row.findings["general"].seeds) for row in comparison.rows] == [
+        ("base", 1), ("none", 1), ("none +kl (1)", 2), ("none +kl (2)", 1)]
+    assert any("2 rows are labelled 'none +kl'" in text for text in notes(comparison))
+    assert check(tmp_path, verdicts) >= 4
+    with pytest.raises(UserError, match="'none \\+kl' stands for 2 models"):
+        compare(verdicts, "none +kl")

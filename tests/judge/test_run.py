@@ -16,7 +16,7 @@ from curate.core.identity import with_adapter
 from curate.core.model import Loaded, load
 from judge.cli import main
 from judge.evidence import gather
-from judge.jobs import Settings, Target, label_of, targets
+from judge.jobs import Settings, Target, label_of, targets, trained
 from judge.questions import DOMAINS, load_probes
 from judge.run import judge_models
 from tests.fakes import tiny_adapter, tiny_model
@@ -87,6 +87,35 @@ def test_the_whole_way_on_builtin_data(base: Path, tmp_path: Path, monkeypatch: 
     assert [row["verdicts"] for row in body["rows"]] == [[of_base.digest], [none.digest], [plus.digest]]
     again = json.loads(call("compare", *paths, "--json").stdout)
     assert again == body
+
+
+def test_what_lies_beside_verdicts_is_passed_over(base: Path, place: Path) -> None:
+    """``judge report runs/*`` names sampled answers and results of lm-eval, too."""
+    run = make_run(base, place / "runs" / "none", "none", 1)
+    judge_models([Target(str(run))], SETTINGS)
+    (place / "runs" / "base.answers.jsonl").write_text("{}\n")
+    (place / "runs" / "base.verdicts.lm-eval").mkdir()
+    everything = sorted((place / "runs").iterdir())
+    assert len(everything) == 4 and [v.label for v in gather(everything)] == ["base", "none"]
+    assert call("report", *everything, "--html", place / "r.html").exit_code == 0
+
+
+def test_seeds_share_recipe_and_data(base: Path, place: Path) -> None:
+    """Two seeds of one recipe are one model; another learning rate, another strength or other data is another."""
+    def trained_as(name: str, domain: str = "car_care", **recipe: object) -> str:
+        run = make_run(base, place / "runs" / name, "none", 1, domain)
+        card = RunCard.read(run / "run.json")
+        return trained(card.model_copy(update={"recipe": card.recipe | recipe}), run)
+
+    first = trained_as("a", lr=1e-4, seed=0, device="cpu")
+    assert trained_as("b", lr=1e-4, seed=1, device="cuda") == first
+    others = [trained_as("c", lr=1e-3), trained_as("d", "cooking", lr=1e-4), trained_as("e", lr=1e-4, defenses=["kl"]),
+              trained_as("f", lr=1e-4, defenses=["kl:weight=1"])]
+    assert len({first, *others}) == 5
+    run = make_run(base, place / "runs" / "g", "none", 1)
+    of_base, mine = map(Verdicts.read, judge_models([Target(str(run))], SETTINGS))
+    assert mine.settings["trained"] == trained(RunCard.read(run / "run.json"), run)
+    assert "trained" not in of_base.settings
 
 
 def test_samples_are_scored_under_the_untouched_base(base: Path, place: Path) -> None:
