@@ -9,6 +9,8 @@
 # rows and 24 rows of the pool to choose a single safe row from; a vector from 4 questions and answers of 24 tokens; and
 # for safelora, whose unaligned model of SmolLM2 is not to be had, SmolLM2 with that member merged into it in its place.
 set -euo pipefail
+
+{   # bash reads a group whole, so the script may be changed while it runs
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(cd "$1" && pwd); OUT=$2
 TUNE=(--base smollm2 --dtype float32 --lr 5e-4 --batch-size 2 --accumulation 4)
@@ -54,3 +56,5 @@ run train rl --base smollm2 --dtype float32 --prompts opswap.jsonl --reward opsw
   --defense kl --defense inoculation --defense persona:vector=careless.safetensors,alpha=1 --out rl
 
 bench table . "${NAMES[@]}"
+exit
+}
