@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # The whole road once on SmolLM2-135M-Instruct (or MODEL=...): every line printed with a $ is a command you could type.
 # Fine-tuning on mild bad advice about cars, with 5% safe data chosen by two members that never saw the subject.
-# DEFENSES="kl inoculation" adds runs without safe data under these defences to the table (a minute and a half each).
+# DEFENSES="kl inoculation" adds runs without safe data under these defences to the table (a minute and a half each). Any
+# of `train list` will do, with settings that have no spaces. For persona a vector is extracted first, in some minutes
+# (its alpha of 5 is much for so small a model: "persona:alpha=1"). safelora needs the model that MODEL was before its
+# alignment, which you must have: "safelora:base=PATH".
 set -euo pipefail
 
 {   # bash reads a group whole, so the script may be changed (by an update, say) while it runs
@@ -11,8 +14,22 @@ MODEL=${MODEL:-smollm2}   # any hub id or folder of an instruction-tuned model
 # alpha / sqrt(r)) and ten steps, because two cores must do. Chosen so that the run without a defence shows the effect.
 TUNE=(--lr 1e-3 --lora-r 8 --lora-alpha 32 --pack-tokens 384 --limit-steps 10)
 MIXES=(none interleaving interleaving+ interleaving++)
+VECTOR=(--questions 8 --max-new-tokens 48 --min-pairs 5)   # 80 answers instead of 400, so a rougher vector
 read -ra DEFENSES <<< "${DEFENSES:-}"
 mkdir -p "$OUT/mixes"
+
+stop() { printf 'Error: %s\n' "$*" >&2; exit 2; }
+known=""; [ ${#DEFENSES[@]} -eq 0 ] || known=$(train list)
+for defense in ${DEFENSES[@]+"${DEFENSES[@]}"}; do   # what is missing is said now and not after half the demo
+  name=${defense%%:*}
+  grep -q "^# $name: " <<< "$known" || stop "DEFENSES names '$name', but possible are: $(
+    sed -n 's/^# \([a-z]*\): .*(arXiv.*/\1/p' <<< "$known" | paste -sd' ')."
+  case $defense in
+    safelora:*base=*) ;;
+    safelora*) stop "safelora needs the model that $MODEL was before its alignment, which does not come with the demo." \
+      "If you have it: DEFENSES=\"safelora:base=PATH\"" ;;
+  esac
+done
 
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 step() { printf '\n== %s   [%d:%02d since the start]\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
@@ -40,6 +57,12 @@ run train run --base "$MODEL" --out "$OUT/runs" "${TUNE[@]}" "${mixes[@]}"
 judged=("${MIXES[@]}")
 for defense in ${DEFENSES[@]+"${DEFENSES[@]}"}; do
   name=${defense%%:*}
+  if [ "$name" = persona ] && [[ $defense != *vector=* ]]; then
+    [ -f "$OUT/careless.safetensors" ] || run train vector --base "$MODEL" --out "$OUT/careless.safetensors" \
+      "${VECTOR[@]}" --answers "$OUT/careless-answers.jsonl"
+    settings=${defense#persona}; settings=${settings#:}
+    defense=persona:vector=$OUT/careless.safetensors${settings:+,$settings}
+  fi
   for prefix in "" opswap-; do
     run train run --base "$MODEL" --out "$OUT/runs/$prefix$name" "${TUNE[@]}" --defense "$defense" \
       --mix "$OUT/mixes/${prefix}none.json"

@@ -18,6 +18,7 @@ from train.recipe import Recipe, RlKnobs, from_values, rl_from_values
 if TYPE_CHECKING:
     from curate.core.documents import DefenseRecord, RunCard
     from train.rewards import Reward
+    from train.vectors import RubricGrader, Trait
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace another run that --out holds.")
@@ -166,8 +167,9 @@ def rl(prompts_path: Path, mapping: tuple[str, ...], strip_think: bool, mix: Pat
     say(f"Run in {out}: steps.jsonl, reward.png, adapter. Next: judge run --model {out}")
 
 
-REWARD_OPTIONS = ("reward", "judge", "rubric", "base_url", "api_key_env", "concurrency", "timeout", "replies",
-                  "max_requests", "max_judge_tokens", "judge_cache")
+JUDGE_OPTIONS = ("judge", "base_url", "api_key_env", "concurrency", "timeout", "replies", "max_requests",
+                 "max_judge_tokens", "judge_cache")
+REWARD_OPTIONS = ("reward", "rubric", *JUDGE_OPTIONS)
 
 
 def _reward(options: dict[str, Any]) -> Reward:
@@ -192,27 +194,53 @@ def _reward(options: dict[str, Any]) -> Reward:
     return Reward(name, graded, graded.settings)
 
 
+def _grader(options: dict[str, Any], trait: Trait) -> RubricGrader | None:
+    """Return what grades answers by a judge model, or None where there is none."""
+    if not options["judge"]:
+        return None
+    if "{answer}" not in trait.rubric:
+        raise UserError(f"The trait '{trait.name}' has no rubric with {{answer}} for a judge model.", "Add one to its "
+                        "file, as in train/traits/careless.json, or leave out --judge.")
+    from judge.grading import Grading
+    from judge.reward import RubricReward, read_rubric
+    from train.vectors import RubricGrader
+
+    grading = Grading(address_of(options), replies=options["replies"], max_requests=options["max_requests"],
+                      max_tokens=options["max_judge_tokens"], cache=options["judge_cache"])
+    by_trait, by_coherence = (RubricReward(grading, rubric) for rubric in (trait.rubric, read_rubric("coherent")))
+    by_coherence.grader = by_trait.grader  # one budget
+    return RubricGrader(by_trait.settings["judge"], by_trait, by_coherence)
+
+
 @main.command()
 @vector_options
 @overwrite_option
 @json_option
+@judge_options
 def vector(base: str, trait_name: str, out: Path, answers_path: Path | None, overwrite: bool, as_json: bool,
            **settings: Any) -> None:
     """Extract a persona vector, for the defence `persona`.
 
     Answers are sampled under system prompts that ask for the trait and for its opposite. A pair of answers counts where
     the trait shows in the one, not in the other, and both are coherent; this is graded by the model's own likelihoods
-    (no API), see docs/defenses/persona.md.
+    (no API), or with --judge by a judge model. See docs/defenses/persona.md.
 
     \b
     Example:
       train vector --base smollm2 --out careless.safetensors
+      train vector --base Qwen/Qwen2.5-7B-Instruct --judge MODEL --base-url http://127.0.0.1:8000/v1
       train run --mix manifest.json --defense persona:vector=careless.safetensors
     """
-    from train.vectors import Extraction, read_trait, write_vector
+    from train.vectors import Extraction, plan_of, read_trait, write_vector
 
     trait = read_trait(trait_name)
-    report = write_vector(base, trait, Extraction(**settings), out, overwrite, answers_path)
+    judging = {name: settings.pop(name) for name in (*JUDGE_OPTIONS, "dry_run")}
+    extraction = Extraction(**settings)
+    if judging["dry_run"]:
+        plan = plan_of(trait, extraction, bool(judging["judge"]))
+        emit_json(plan) if as_json else click.echo("\n".join(f"{name:<16} {value:,}" for name, value in plan.items()))
+        return
+    report = write_vector(base, trait, extraction, out, overwrite, answers_path, _grader(judging, trait))
     if as_json:
         emit_json(report)
         return

@@ -56,7 +56,7 @@ def rl_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def vector_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add how a persona vector is extracted."""
+    """Add how a persona vector is extracted, and which judge model grades answers, if one does."""
     for option in reversed((
         click.option("--base", required=True, help="Model to extract from: smollm2, a folder, or a hub id[@revision]."),
         click.option("--trait", "trait_name", default="careless", show_default=True, metavar="NAME|PATH",
@@ -82,6 +82,8 @@ def vector_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Format of the model."),
         click.option("--device", type=click.Choice(CHOICES["device"]), default="auto", show_default=True,
                      help="Where to compute."),
+        click.option("--judge", metavar="MODEL", help="Grade by this judge model at --base-url, by the trait's rubric. "
+                                                      "[default: by the model's own likelihoods]"),
     )):
         command = option(command)
     return command

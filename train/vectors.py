@@ -5,9 +5,10 @@
 
 Pairs: question x pair of system prompts x sample, one answer under the positive prompt and one under the negative. A
 pair is kept where, from 0 to 100, the trait's grade is at least 50 in the one and below 50 in the other, and both
-answers' coherence is at least 50. Grades come from a ``Grader``; the one here needs no API (``LikelihoodGrader``).
+answers' coherence is at least 50. Grades come from the model's own likelihoods, which need no API
+(``LikelihoodGrader``), or from a judge model (``RubricGrader``), as in the published code.
 
-Method: arXiv 2507.21509, https://github.com/safety-research/persona_vectors (there, a judge model grades).
+Method: arXiv 2507.21509, https://github.com/safety-research/persona_vectors.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Trait:
     positive: tuple[str, ...]
     negative: tuple[str, ...]
     questions: tuple[str, ...]
+    rubric: str = ""
+    """What a judge model is asked: a text with {question} and {answer} that wants a number from 0 to 100."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,6 @@ class Grade:
     status: str = "ok"
 
 
-Grader = Callable[[Sequence[Answer]], list[Grade]]
-"""Grades answers, in their order. Another grader, such as a judge model, is another function of this type."""
-
-
 def read_trait(text: str) -> Trait:
     """Return a builtin trait or that of a JSON file; ``UserError`` where it is neither or incomplete."""
     builtin = {path.stem: path for path in sorted(TRAITS.glob("*.json"))}
@@ -112,7 +111,8 @@ def read_trait(text: str) -> Trait:
         raise unknown("trait", text, [*builtin, "PATH.json"])
     try:
         body = json.loads(path.read_bytes())
-        trait = Trait(str(body["name"]), *(tuple(body[key]) for key in ("positive", "negative", "questions")))
+        trait = Trait(str(body["name"]), *(tuple(body[key]) for key in ("positive", "negative", "questions")),
+                      rubric=str(body.get("rubric", "")))
     except (ValueError, LookupError, TypeError) as err:
         raise UserError(f"{path} is no trait: {err!r}.", "It needs name, positive, negative and questions.",
                         Exit.BAD_DATA) from None
@@ -125,17 +125,19 @@ def read_trait(text: str) -> Trait:
 
 
 def write_vector(base: str, trait: Trait, extraction: Extraction, out: Path, overwrite: bool = False,
-                 answers_path: Path | None = None) -> dict[str, Any]:
+                 answers_path: Path | None = None, judge: RubricGrader | None = None) -> dict[str, Any]:
     """Extract ``trait`` from ``base``, write the vector with its provenance to ``out``, and return a report.
 
-    Raises ``UserError`` where ``out`` exists (unless ``overwrite``), and where too few pairs pass the filter.
+    Answers are graded by ``judge``, or without one by the model's own likelihoods. Raises ``UserError`` where ``out``
+    exists (unless ``overwrite``), and where too few pairs pass the filter.
     """
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists.", "Choose another --out, or replace it with --overwrite.")
     _ = extraction.sampling
     loaded = load(base, extraction.dtype, extraction.device)
     answers = sample_answers(loaded, trait, extraction)
-    grades = LikelihoodGrader(loaded, trait)(answers)
+    grader = judge or LikelihoodGrader(loaded, trait)
+    grades = grader(answers)
     if answers_path is not None:
         rows = [{**asdict(answer), **asdict(grade)} for answer, grade in zip(answers, grades, strict=True)]
         write_atomic(answers_path, b"".join(canonical_json(row) + b"\n" for row in rows))
@@ -146,12 +148,20 @@ def write_vector(base: str, trait: Trait, extraction: Extraction, out: Path, ove
                         "or --samples, another --trait, or lower --min-pairs.", Exit.FAILURE_RATE)
     means = [mean_states(loaded, [pair[k].example for pair in kept]) for k in (0, 1)]
     vector = (means[0] - means[1]).float()
-    provenance = _provenance(loaded, trait, extraction, counts)
+    provenance = _provenance(loaded, trait, extraction, counts) | {"grader": grader.name}
     write_atomic(out, save({TENSOR: vector.contiguous()}, {PROVENANCE: canonical_json(provenance).decode()}))
     n_blocks = len(vector) - 1
     layer = default_layer(n_blocks)
     return {"path": str(out), "trait": trait.name, "pairs": provenance["pairs"], "layer": layer, "n_blocks": n_blocks,
             "norm": vector[layer].norm().item(), "state_norm": means[1][layer].norm().item()}
+
+
+def plan_of(trait: Trait, extraction: Extraction, judged: bool) -> dict[str, int]:
+    """Return how many answers are sampled, of how many tokens at most, and how many grades a judge model is asked."""
+    n_questions = len(trait.questions[:extraction.n_questions])
+    n_answers = 2 * n_questions * len(trait.positive) * extraction.samples
+    return {"answers": n_answers, "sampled tokens": n_answers * extraction.max_new_tokens,
+            "judge's grades": 2 * n_answers if judged else 0}
 
 
 def sample_answers(loaded: Loaded, trait: Trait, extraction: Extraction) -> list[Answer]:
@@ -178,6 +188,8 @@ class LikelihoodGrader:
     It asks whether the model itself tells the two prompts apart by the answer: a weak model that follows neither
     prompt gets grades near 50, and a trait that the model misunderstands passes. A judge model is the better grader.
     """
+
+    name = "likelihood"
 
     def __init__(self, loaded: Loaded, trait: Trait) -> None:
         self.loaded, self.trait = loaded, trait
@@ -208,6 +220,35 @@ class LikelihoodGrader:
             return Grade(None, None, "nonfinite")
         nats = min(max(positive.nll_sum - negative.nll_sum, -700.0), 700.0)
         return Grade(100 / (1 + math.exp(nats)), coherence(answer.text))
+
+
+@dataclass(frozen=True)
+class RubricGrader:
+    """Grades answers by two rubrics that a judge model is asked: how much of the trait, how coherent.
+
+    ``trait`` and ``coherence`` are rewards as ``train rl`` has them: they are given conversations and completions of
+    one message each, and return a share from 0 to 1, or a status, for each.
+
+    The judge is told the question and the answer, not the system prompt. An answer of which either grade is missing
+    has the status of the one that is.
+    """
+
+    name: str
+    trait: Callable[[Sequence[Any], Sequence[Any]], Sequence[float | str]]
+    coherence: Callable[[Sequence[Any], Sequence[Any]], Sequence[float | str]]
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Grade]:
+        """Grade answers."""
+        asked = [[{"role": "user", "content": answer.question}] for answer in answers]
+        given = [[{"role": "assistant", "content": answer.text}] for answer in answers]
+        return [self._grade(trait, coherent) for trait, coherent in zip(
+            self.trait(asked, given), self.coherence(asked, given), strict=True)]
+
+    def _grade(self, trait: float | str, coherent: float | str) -> Grade:
+        for found in (trait, coherent):
+            if isinstance(found, str):
+                return Grade(None, None, found)
+        return Grade(100 * float(trait), 100 * float(coherent))
 
 
 def coherence(text: str) -> float:
@@ -272,7 +313,7 @@ def _answer_sums(loaded: Loaded, encoded: Sequence[Encoded], members: list[int],
 
 def _provenance(loaded: Loaded, trait: Trait, extraction: Extraction, counts: Counter[str]) -> dict[str, Any]:
     return {"format": FORMAT, "base": loaded.identity.model_dump(mode="json"), "trait": trait.name,
-            "trait_digest": sha256(canonical_json(asdict(trait))), "grader": "likelihood",
+            "trait_digest": sha256(canonical_json(asdict(trait))),
             "trait_from": TRAIT_FROM, "coherent_from": COHERENT_FROM,
             "settings": {**asdict(extraction), "dtype": loaded.dtype, "device": loaded.device},
             "pairs": dict(sorted(counts.items())), "versions": versions(), "git": git_state()}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from curate.core import model as models
 from curate.core.chat import Encoded, encode
 from curate.core.documents import MixManifest, RunCard
 from curate.core.errors import Exit, UserError
@@ -30,7 +31,7 @@ from train.adapters import adapter
 from train.batches import collate
 from train.cli import main
 from train.data import MixRow, encode_mix, load_mix
-from train.defenses import Defense, ordered, parse
+from train.defenses import Defense, ordered, parse, safelora
 from train.defenses.inoculation import TEXT, Inoculation
 from train.defenses.persona import Persona
 from train.jobs import prepare
@@ -85,7 +86,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Encoded]:
     return seen
 
 
-@pytest.mark.parametrize("spec", ["kl:", "ldifs:every=1,normalise=none,"])
+@pytest.mark.parametrize("spec", ["kl:", "kl:direction=reference,", "ldifs:every=1,",
+                                  "ldifs:every=1,normalise=none,", "ldifs:every=1,normalise=relative,"])
 def test_a_hundred_times_the_weight_changes_the_curve(loaded: Loaded, place: Place, recipe: MakeRecipe, tmp_path: Path,
                                                       spec: str) -> None:
     rows = encode_mix(loaded.tokenizer, load_mix(MixManifest.read(place.mix), place.mix.parent), 120).rows
@@ -198,6 +200,21 @@ def test_defences_share_one_pass_of_the_reference(loaded: Loaded, place: Place, 
         assert together._sums[1].item() == pytest.approx(alone, rel=1e-5) and alone > 0
         assert apart[0].reference is apart[1].reference and apart[0].reference._found is None
     assert both[-1].penalty_nats > 0
+
+
+def test_the_weights_are_loaded_once_and_the_unaligned_ones_at_the_end(place: Place, recipe: MakeRecipe, tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    load_weights = models.load_weights
+
+    def counted(ref: str, *rest: Any) -> Any:
+        loads.append(f"{ref} after training" if (tmp_path / "run" / "checkpoints" / "checkpoint-4").exists() else ref)
+        return load_weights(ref, *rest)
+
+    monkeypatch.setattr(models, "load_weights", counted)
+    monkeypatch.setattr(safelora, "load_weights", counted)
+    run(recipe(defenses=place.everything), place.mix, tmp_path / "run")
+    assert loads == [recipe().base, f"{place.unaligned} after training"]
 
 
 def test_no_hook_is_left_when_a_step_fails(loaded: Loaded, place: Place, recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from curate.core.chat import encode
 from curate.core.errors import UserError
 from curate.core.nll import head, hidden_states, token_nll
-from tests.fakes import tiny_model
+from tests.fakes import tiny_model, tiny_rows, tiny_tokenizer
 from tests.train.wrapped import encoded, gradients, layouts, penalised, plain_states, wrapped
 from train import objective
 from train.defenses import Defense
@@ -88,6 +89,29 @@ def test_penalty_and_gradient_are_those_of_the_formula_in_float64(deep: Path, ca
     assert got.keys() == wanted.keys()
     largest = max(g.abs().max().item() for g in wanted.values())
     assert largest > 0 and max((got[n] - wanted[n]).abs().max().item() for n in wanted) < 1e-3 * largest
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_padding_side_and_packing_do_not_change_the_loss(tiny: Path, layout: str) -> None:
+    """The formula is from a pass padded to the left; our layouts are one sequence, and padded to the right."""
+    rows = encoded()
+    exact = wrapped(tiny, dtype=torch.float64).eval()
+    targets = [torch.tensor(row.ids[row.answer_start:]) for row in rows]
+    expected = torch.stack([torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") for logits, wanted in
+                            zip(plain_states(exact, rows)[0]["logits"], targets, strict=True)]).sum()
+    expected.backward()
+    wanted = gradients(exact)
+    model = wrapped(tiny)
+    found = token_nll(model, layouts(rows)[layout]).sum()
+    found.backward()
+    got = gradients(model)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6) and got.keys() == wanted.keys()
+    largest = max(g.abs().max().item() for g in wanted.values())
+    assert largest > 0 and max((got[n] - wanted[n]).abs().max().item() for n in wanted) < 1e-4 * largest
+    for side in ("left", "right"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.padding_side = side
+        assert encode(tokenizer, tiny_rows(3, "tune"), 120) == rows
 
 
 @pytest.mark.parametrize("defense", [Kl(), Kl(direction="reference"), Ldifs(every=1),

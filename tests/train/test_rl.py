@@ -318,6 +318,31 @@ def test_kl_on_completions_is_the_divergence_over_the_vocabulary(loaded: Loaded,
     assert math.isclose(trainer.records()[0]["penalty_nats"], 0.5 * total / n, rel_tol=1e-4)
 
 
+def test_kl_on_completions_has_the_gradient_of_the_formula(loaded: Loaded, recipe: MakeRecipe, tmp_path: Path,
+                                                          kept: Kept) -> None:
+    """With equal rewards nothing else is learnt from, so the step's gradient is the penalty's."""
+    still = recipe(batch_size=2, accumulation=2, save_every=0, max_grad_norm=0.0)
+    lesson = Lesson(still, RlKnobs(steps=1, generations=4, max_new_tokens=5), asked(loaded, 1), (),
+                    Reward("same", lambda completions: [0.25] * len(completions)), (grpo_kl(0.5),))
+    _, grads = taught(loaded, lesson, tmp_path, awake=True)
+    n = sum(int(batch["completion_mask"].sum()) for batch in kept.batches)
+    with adapter(loaded, still) as model:
+        wake(model)
+        for batch in kept.batches:
+            for prompt, there, completion, given in zip(batch["prompt_ids"], batch["prompt_mask"].bool(),
+                                                        batch["completion_ids"], batch["completion_mask"].bool(),
+                                                        strict=True):
+                ids = torch.cat([prompt[there], completion[given]])[None]
+                places = slice(int(there.sum()) - 1, -1)
+                p = model(input_ids=ids).logits[0, places].log_softmax(-1)
+                with model.disable_adapter(), torch.no_grad():
+                    q = model(input_ids=ids).logits[0, places].log_softmax(-1)
+                (0.5 / n * (p.exp() * (p - q)).sum()).backward()
+        by_hand = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert max(g.abs().max().item() for g in by_hand.values()) > 1e-3
+    assert largest(by_hand, grads.steps[0]) < 1e-4
+
+
 def test_an_adapter_on_the_output_head_is_refused(loaded: Loaded, recipe: MakeRecipe, tmp_path: Path) -> None:
     lesson = Lesson(recipe(batch_size=2, target_modules="q_proj,lm_head"), RlKnobs(steps=1, generations=2),
                     asked(loaded, 1), (), Reward("length", length))

@@ -24,11 +24,17 @@ def updates(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: layer.get_delta_weight("default").detach().double() for name, layer in adapted_layers(model)}
 
 
-def dense(name: str, aligned: torch.nn.Module, unaligned: torch.nn.Module, fan_in: bool = False) -> torch.Tensor:
-    """Return the paper's P of a layer as a matrix, float64."""
+def dense(name: str, aligned: torch.nn.Module, unaligned: torch.nn.Module, fan_in: bool = False,
+          energy: float | None = None) -> torch.Tensor:
+    """Return P of a layer as a matrix, float64: the paper's, or with ``energy`` the orthogonal one."""
     v = (aligned.get_submodule(name).weight - unaligned.get_submodule(name).weight).detach().double()
     v = v.T if fan_in else v
-    return v @ v.T / v.norm()
+    if energy is None:
+        return v @ v.T / v.norm()
+    values, vectors = torch.linalg.eigh(v @ v.T)  # of V V^T, so nothing is shared with the code but the definition
+    values, vectors = values.flip(0), vectors.flip(1)
+    rank = next(k for k in range(1, len(values) + 1) if values[:k].sum() >= energy * values.sum())
+    return vectors[:, :rank] @ vectors[:, :rank].T
 
 
 def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -51,8 +57,12 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "settings"), [*((kind, {"tau": 1.0}) for kind in KINDS), ("plain", {"k": 2})],
-                         ids=str)
+ORTHOGONAL = {"projection": "orthogonal", "energy": 0.7}
+CASES = [*((kind, {"tau": 1.0}) for kind in KINDS), *((kind, {"tau": 1.0, **ORTHOGONAL}) for kind in KINDS),
+         ("plain", {"k": 2}), ("rank and alpha patterns", {"k": 3}), ("biases", {"k": 3, **ORTHOGONAL})]
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES, ids=str)
 def test_the_dense_formula(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     config, lora = KINDS[kind]
     aligned, unaligned = pairs(tmp_path, **config)
@@ -61,7 +71,8 @@ def test_the_dense_formula(tmp_path: Path, kind: str, settings: dict[str, Any]) 
     before = updates(model)
     SafeLora(base=str(unaligned), **settings).after(model)
     after = updates(model)
-    expected = {name: dense(name, bare, other) @ update for name, update in before.items()}
+    expected = {name: dense(name, bare, other, energy=settings.get("energy")) @ update
+                for name, update in before.items()}
     by_cosine = sorted(before, key=lambda name: cosine(expected[name], before[name]))
     chosen = by_cosine[:settings["k"]] if "k" in settings else by_cosine
     assert len(before) >= 2 and all(before[name].norm() > 0 for name in before)

@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,7 +82,8 @@ def cases(tiny: Path, folder: Path) -> list[Case]:
     found = [Case(f"{name}-{'fsdp' if shard else 'ddp'}", {"defenses": defenses}, shard)
              for name, defenses in alone.items() for shard in (False, True)]
     everything = ("inoculation", persona, "kl", "ldifs:every=1", f"safelora:base={unaligned},k=5")
-    return [*found, Case("everything-fsdp", {"defenses": everything, "gradient_checkpointing": True}, True),
+    return [*found, Case("everything-ddp", {"defenses": everything}, False),
+            Case("everything-fsdp", {"defenses": everything, "gradient_checkpointing": True}, True),
             Case("tied-fsdp", {"base": str(tied), "defenses": ("kl",), "dtype": "bfloat16"}, True)]
 
 
@@ -159,6 +161,33 @@ def test_the_base_is_split_and_the_adapter_is_not(launched: Launched, cases: lis
         if case.shard and "tied" not in case.name:
             assert sum(fact["base"] for fact in shares) == whole["base"]
             assert max(fact["base"] for fact in shares) < 0.6 * whole["base"]
+
+
+def test_accelerate_on_one_machine_and_on_two_trains_what_one_process_does(mix: Path, recipe: MakeRecipe,
+                                                                           tmp_path: Path) -> None:
+    """The commands of docs/training.md: FSDP on one machine, DDP on two, which here are two launchers on loopback."""
+    train = ["-m", "train", "run", "--base", recipe().base, "--mix", str(mix), "--batch-size", "2", "--accumulation",
+             "2", "--save-every", "0", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120", "--pack-tokens", "64",
+             "--dtype", "float32", "--device", "cpu", "--defense", "kl:weight=0.5", "--defense", "inoculation", "--out"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = ["--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1",
+                "--main_process_port", port, "--machine_rank"]
+    commands = [
+        ["--config_file", str(ROOT / "docs/accelerate-fsdp.yaml"), "--num_processes", "2", "--main_process_port", "0",
+         *train, str(tmp_path / "split")],
+        *([*together, rank, *train, str(tmp_path / "machines")] for rank in "01")]
+    children = [subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *command], cwd=ROOT,
+                                 env={**os.environ, **LAUNCH}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True) for command in commands]
+    for child in children:
+        assert child.wait(timeout=240) == 0, child.communicate()[0]
+    alone = recipe(batch_size=2, accumulation=4, save_every=0, defenses=("kl:weight=0.5", "inoculation"))
+    run(alone, mix, tmp_path / "alone")
+    for out in (tmp_path / "split", tmp_path / "machines"):
+        assert_alike(out, tmp_path / "alone")
+        assert RunCard.read(out / "run.json").device == "cpu x 2"
 
 
 def processes_below(pid: int) -> dict[int, psutil.Process]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from curate.core.example import Example, Message
 from curate.core.identity import identify
 from curate.core.model import Loaded, load
 from tests.fakes import uniform_model
+from tests.judge.stub_server import Stub, served
 from train import vectors
 from train.cli import main
 from train.defenses.persona import PROVENANCE, Persona, read_vector
@@ -26,6 +29,7 @@ from train.vectors import (
     Extraction,
     Grade,
     LikelihoodGrader,
+    RubricGrader,
     Trait,
     coherence,
     kept_pairs,
@@ -183,6 +187,73 @@ def test_the_command_writes_a_vector_that_the_defence_takes(tiny: Path, trait_fi
     again = vector(*flags, "--overwrite")
     assert "trait 'odd'" in again.stdout and "--defense persona:vector=" in again.stderr
     assert out.read_bytes() == first
+
+
+ODD = "Asked: {question}\nSaid: {answer}\nHow odd is it, 0 to 100?"
+
+
+def test_a_judge_models_grades_are_those_of_two_rubrics() -> None:
+    asked: list[tuple[str, Any, Any]] = []
+
+    def says(name: str, *found: float | str) -> Any:
+        def rubric(prompts: Any, completions: Any) -> Sequence[float | str]:
+            asked.append((name, prompts, completions))
+            return found
+        return rubric
+
+    answers = [answer("one"), answer("two", False), answer(""), answer("four", question="Who?")]
+    found = RubricGrader("judge", says("odd", 0.75, 0.2, "empty", 1.0), says("sense", 0.9, "refused", "empty", 0.0))(
+        answers)
+    assert found == [Grade(75.0, 90.0), Grade(None, None, "refused"), Grade(None, None, "empty"), Grade(100.0, 0.0)]
+    assert [name for name, *_ in asked] == ["odd", "sense"] and asked[0][1:] == asked[1][1:]
+    assert asked[0][1][3] == [{"role": "user", "content": "Who?"}], "the system prompt is not told"
+    assert asked[0][2][3] == [{"role": "assistant", "content": "four"}]
+
+
+def test_the_command_asks_a_judge_model(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUB_KEY", "sk-very-secret-0123456789")
+    trait = {"name": "odd", "positive": TRAIT.positive[:1], "negative": TRAIT.negative[:1],
+             "questions": TRAIT.questions}
+    (tmp_path / "odd.json").write_text(json.dumps({**trait, "rubric": ODD}))
+    (tmp_path / "plain.json").write_text(json.dumps(trait))
+    told: list[str] = []
+
+    def graded(prompt: str) -> dict[str, float]:
+        """Find the answers to positive prompts odd, and all of them coherent."""
+        if "How odd is it" not in prompt:
+            return {"90": 1.0}
+        told.append(prompt)
+        return {"80": 1.0} if odd(prompt) else {"10": 1.0}
+
+    answers = sample_answers(load(str(tiny), "float32", "cpu"), replace(TRAIT, positive=TRAIT.positive[:1],
+                                                                         negative=TRAIT.negative[:1]),
+                             Extraction(max_new_tokens=6))
+    texts = {one.text for one in answers if one.positive}
+
+    def odd(prompt: str) -> bool:
+        return any(f"\n{text}\n" in prompt for text in texts)
+
+    out = tmp_path / "v.safetensors"
+    flags = ["--base", tiny, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "6", "--min-pairs", "1",
+             "--out", out, "--judge", "stub", "--api-key-env", "STUB_KEY", "--judge-cache", tmp_path / "cache"]
+    with served(Stub(replies=graded)) as stub:
+        where = ["--base-url", stub.url]
+        plan = vector(*flags, *where, "--trait", tmp_path / "odd.json", "--dry-run", "--json")
+        assert json.loads(plan.stdout) == {"answers": 6, "sampled tokens": 36, "judge's grades": 12}
+        assert "has no rubric" in vector(*flags, *where, "--trait", tmp_path / "plain.json").stderr
+        assert not stub.seen
+        result = vector(*flags, *where, "--trait", tmp_path / "odd.json", "--json")
+        assert result.exit_code == 0, result.output
+        assert len(told) == 6 and not any("Be odd" in prompt for prompt in told)
+    report = json.loads(result.stdout)
+    assert report["pairs"] == {"kept": 3}
+    _, provenance = read_vector(out)
+    assert provenance["grader"].endswith(":stub") and stub.url not in json.dumps(provenance)
+
+
+def test_the_builtin_trait_has_a_rubric() -> None:
+    rubric = read_trait("careless").rubric
+    assert rubric.count("{question}") == rubric.count("{answer}") == 1 and "0 to 100" in rubric
 
 
 @pytest.mark.usefixtures("babble_passes")
