@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from curate.core.adapters import adapter_open
 from curate.core.chat import Encoded, encode
 from curate.core.files import write_atomic
-from curate.core.model import Loaded, adapter_open, load, read_run
+from curate.core.identity import read_run
+from curate.core.model import Loaded, load
 from curate.core.nll import answer_nll
 from curate.core.sources import file_source, read_source
 

@@ -11,7 +11,8 @@ import torch
 
 from bench import every_defense
 from bench.defenses import VARIANTS, main, mix_rows, report
-from curate.core.model import adapter_open, load, load_weights
+from curate.core.adapters import adapter_open
+from curate.core.model import load, load_weights
 from tests.conftest import ROOT
 from tests.fakes import tiny_mix, tiny_model, tiny_rows, write_rows
 from train.defenses import DEFENSES, parse
