@@ -14,6 +14,11 @@ from tests.real_vllm import aligned_server  # noqa: F401
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_several.py")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data next to the repository; tests that read it skip where it is absent."""
