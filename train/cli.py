@@ -240,7 +240,9 @@ def vector(base: str, trait_name: str, out: Path, answers_path: Path | None, ove
         plan = plan_of(trait, extraction, bool(judging["judge"]))
         emit_json(plan) if as_json else click.echo("\n".join(f"{name:<16} {value:,}" for name, value in plan.items()))
         return
-    report = write_vector(base, trait, extraction, out, overwrite, answers_path, _grader(judging, trait))
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists.", "Choose another --out, or replace it with --overwrite.")
+    report = write_vector(base, trait, extraction, out, answers_path, _grader(judging, trait))
     if as_json:
         emit_json(report)
         return

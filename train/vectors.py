@@ -124,15 +124,13 @@ def read_trait(text: str) -> Trait:
     return trait
 
 
-def write_vector(base: str, trait: Trait, extraction: Extraction, out: Path, overwrite: bool = False,
-                 answers_path: Path | None = None, judge: RubricGrader | None = None) -> dict[str, Any]:
+def write_vector(base: str, trait: Trait, extraction: Extraction, out: Path, answers_path: Path | None = None,
+                 judge: RubricGrader | None = None) -> dict[str, Any]:
     """Extract ``trait`` from ``base``, write the vector with its provenance to ``out``, and return a report.
 
-    Answers are graded by ``judge``, or without one by the model's own likelihoods. Raises ``UserError`` where ``out``
-    exists (unless ``overwrite``), and where too few pairs pass the filter.
+    Answers are graded by ``judge``, or without one by the model's own likelihoods. Raises ``UserError`` where too few
+    pairs pass the filter.
     """
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists.", "Choose another --out, or replace it with --overwrite.")
     _ = extraction.sampling
     loaded = load(base, extraction.dtype, extraction.device)
     answers = sample_answers(loaded, trait, extraction)
