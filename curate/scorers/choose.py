@@ -78,7 +78,7 @@ def _fastest(settings: EngineSettings, device: str) -> tuple[str, str]:
     if settings.base_urls:
         return "server", "a --base-url is given"
     if not device.startswith("cuda"):
-        return "transformers", "there is no CUDA device, and on CPU it is faster than vLLM"
+        return "transformers", "there is no CUDA device, and on CPU vLLM would have to start anew for every model"
     if importlib.util.find_spec("vllm") is None:
         return "transformers", "there is a CUDA device, but no vLLM; pip install 'safeset[vllm]' would be faster"
     return "vllm", "there is a CUDA device, and vLLM is installed"
