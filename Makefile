@@ -23,7 +23,8 @@ test:
 # The real vLLM (CPU build), in process and over HTTP, as engine, sampler and judge, in an environment of its own: it
 # wants an older transformers.
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest -m vllm tests/curate/test_real_vllm.py tests/judge/test_real_judge.py -s --durations 20
+	.venv-vllm/bin/python -m pytest -m vllm tests/curate/test_real_vllm.py tests/judge/test_real_judge.py -n 2 \
+		--dist loadfile -rP --durations 20
 
 # All tests in the environment that is there (made with `make env EXTRAS=[dev]`).
 check: $(VENV)/.ready

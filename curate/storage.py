@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -25,11 +24,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from curate.core.errors import Exit, UserError
-from curate.core.files import canonical_json, sync_folder, write_atomic
+from curate.core.files import TEMPORARY, canonical_json, sync_folder, write_atomic
 from curate.core.objects import Listed, Objects, fetched, is_url, keep, ordered, sha256_at
 
 FOLDERS = ("parts", "ledger", "models", "quarantine")
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 class Storage(Protocol):

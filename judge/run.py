@@ -15,6 +15,7 @@ from curate.core.chat import encode, encode_prompt
 from curate.core.documents import GradedAnswer, ModelIdentity, ProbeScore, Sample, TaskScore, Verdicts
 from curate.core.errors import Exit, UserError
 from curate.core.example import Message, pair
+from curate.core.files import remove_unfinished
 from curate.core.generate import SampleSettings, sample
 from curate.core.identity import check_base, identify
 from curate.core.model import Loaded, load, pick_device, pick_dtype
@@ -81,8 +82,7 @@ def judge_models(targets: Sequence[Target], settings: Settings, out: Path | None
             numbers = _graded(loaded, ref, job, settings, grader, subject(job, settings, identity, dtype, device))
         Verdicts(**about, probes=numbers.probes, samples=numbers.samples, tasks=numbers.tasks,
                  answers=numbers.answers, statuses=numbers.statuses, versions=versions()).write(job.path)
-        for left in job.path.parent.glob(f".{job.path.name}.*.tmp"):  # of a call that was killed while it wrote
-            left.unlink(missing_ok=True)
+        remove_unfinished(job.path)
         say(f"{job.label}: {job.path}")
     return [job.path for job in jobs]
 

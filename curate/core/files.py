@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from curate.core.errors import Exit, UserError
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""The name of a file while it is written; a process that is killed then leaves it behind."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -50,6 +54,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed processes left of ``path``; only while nobody writes it."""
+    for entry in path.parent.iterdir():
+        if TEMPORARY.fullmatch(entry.name) and entry.name.startswith(f".{path.name}."):
+            entry.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
