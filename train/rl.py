@@ -194,8 +194,7 @@ def _trained(job: RlJob, base: Base, records: tuple[DefenseRecord, ...]) -> RunC
     lesson = replace(lesson, rows=rows.sft)
     say(plan_line(lesson, rows, prompt_statuses))
     probes = encode(tokenizer, [one.prompt.example() for one in asked], recipe.max_tokens)
-    shortest = sorted((p for p in probes if p.status == "ok"), key=lambda p: len(p.ids))[:3]
-    check_forward(base.loaded.model, shortest, TOLERANCE_NATS[base.dtype])
+    check_forward(base.loaded.model, [p for p in probes if p.status == "ok"], TOLERANCE_NATS[base.dtype])
     with adapter(base.loaded, recipe) as model:
         steps, seconds = _warmed(job, model, rows.warmup)
         trainer = RlTrainer(model, tokenizer, lesson, job.out / CHECKPOINTS)

@@ -163,8 +163,7 @@ def _trained(job: Job, base: Base, records: tuple[DefenseRecord, ...]) -> RunCar
     found = base.world.once(lambda: checkpoints.newest(job.out / CHECKPOINTS))
     if found:
         say(f"{job.name}: going on from {found[0].name}.")
-    shortest = sorted(mix.rows, key=lambda row: len(row.ids))[:3]
-    check_forward(base.loaded.model, shortest, TOLERANCE_NATS[base.dtype])
+    check_forward(base.loaded.model, mix.rows, TOLERANCE_NATS[base.dtype])
     with adapter(base.loaded, job.recipe) as model:
         trainer = MixTrainer(model, mix.rows, job.recipe, job.out / CHECKPOINTS, job.defenses, base.world)
         steps = train(trainer, f"train {job.name}", found)
