@@ -96,8 +96,8 @@ def default_budget(device: str) -> Budget:
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 """How far packed and plain passes may differ per token; wrong masks and scaled logits differ by whole nats."""
 CHECKED_TOKENS, CHECKED_ROWS = 64, 32
-"""How many answer tokens, of how many rows at most, ``check_forward`` looks at: in bfloat16 a single short answer may move
-by 0.2 nats per token with the company it has in a batch, the mean over this many by 0.01."""
+"""How many answer tokens, of how many rows at most, ``check_forward`` looks at: in bfloat16 a single short answer may
+move by 0.2 nats per token with the company it has in a batch, the mean over this many by 0.01."""
 
 
 def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budget = Budget(),
