@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
-from curate.core.nll import TOLERANCE_NATS, AnswerNll, is_out_of_memory
+from curate.core.nll import CHECKED_TOKENS, TOLERANCE_NATS, AnswerNll, is_out_of_memory
 from curate.core.vllm import GPU_SHARE, Engine, engine_dead, first_line, refusals
 from curate.scorers import evidence
 
@@ -60,7 +60,8 @@ class VllmScorer:
               notify: Callable[[str], None] = lambda text: None) -> Iterator[list[tuple[int, AnswerNll]]]:
         """See ``Scorer.score``. An engine that dies for lack of memory is started again with half the batch."""
         if self._fixed is None:
-            self._fixed = self._has_fixed_path(min(encoded, key=lambda item: len(item.ids)))
+            typical = min(encoded, key=lambda item: abs(item.n_answer_tokens - CHECKED_TOKENS))
+            self._fixed = self._has_fixed_path(typical)
         queue = self._slices(encoded)
         while queue:
             part = queue.pop(0)
