@@ -9,6 +9,7 @@ is timed as a whole process, from the command line to its result. What comes bef
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import resource
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.core.documents import ModelIdentity
+from curate.core.example import pair
 from curate.corpora import open_corpus
 from curate.parts import EXAMPLES_SCHEMA, NLL_SCHEMA
 from curate.records import Plan, PlannedCorpus, ScoredModel, StoreHeader, corpus_key
@@ -62,9 +64,10 @@ def build(path: Path, n_rows: int) -> None:
 def _examples(ids: list[str], lengths: np.ndarray) -> pa.Table:
     n = len(ids)
     answers = [f"Sorry, {i}" if i[0] == "0" else f"Here is {i} for you" for i in ids]
-    columns = {"example_id": ids, "corpus": ["demo"] * n, "prompt": [f"Question {i}" for i in ids], "answer": answers,
-               "messages": ["[]"] * n, "meta": ["{}"] * n, "n_prompt_tokens": lengths, "n_answer_tokens": lengths,
-               "status": ["ok"] * n}
+    asked = [f"Question {i}" for i in ids]
+    messages = [json.dumps(pair(*both).to_row()["messages"]) for both in zip(asked, answers, strict=True)]
+    columns = {"example_id": ids, "corpus": ["demo"] * n, "prompt": asked, "answer": answers, "messages": messages,
+               "meta": ["{}"] * n, "n_prompt_tokens": lengths, "n_answer_tokens": lengths, "status": ["ok"] * n}
     return pa.table(columns).cast(EXAMPLES_SCHEMA)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -311,10 +312,11 @@ def format_result(table: pa.Table, style: str) -> str:
     """Return rows as ``table``, ``csv`` or ``json``, ending in a line break and safe to print on a terminal.
 
     In JSON control characters are escaped, so the text survives; in the other two they are replaced. JSON has no
-    NaN or infinity: they become null.
+    NaN or infinity: they become null. Columns of the same name become a, a_1, a_2 there.
     """
     if style == "json":
-        text = json.dumps(_plain(table.to_pylist()), ensure_ascii=False, indent=1, allow_nan=False, default=str)
+        named = table.rename_columns(_distinct(table.column_names))  # keys of an object; a join may repeat a name
+        text = json.dumps(_plain(named.to_pylist()), ensure_ascii=False, indent=1, allow_nan=False, default=str)
         return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
     rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
     if style == "csv":
@@ -326,6 +328,15 @@ def format_result(table: pa.Table, style: str) -> str:
     if table.column_names == ["explain_key", "explain_value"]:
         return "".join(safe(str(row[1])).rstrip() + "\n" for row in rows)
     return columns([[_cell(value) for value in row] for row in rows], table.column_names) + "\n"
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return the names with _1, _2, ... at those that were there before."""
+    found: dict[str, None] = {}
+    for name in names:
+        free = (f"{name}_{k}" for k in itertools.count(1))
+        found[name if name not in found else next(other for other in free if other not in {*found, *names})] = None
+    return list(found)
 
 
 def _plain(value: Any) -> Any:

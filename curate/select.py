@@ -81,12 +81,14 @@ def _gates(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, f
     if finetune:
         connection.execute("INSERT INTO finetune_ids SELECT unnest(?)", [list(finetune)])
     status = "s.status" if scored else "e.status"
+    text = "e.messages"  # JSON: escapes stand for white space, and a quotation mark ends each turn
+    for pattern, by in ((r"(\s|\\[nrt])+", " "), (r" ?\" ?", '"')):
+        text = f"regexp_replace({text}, '{pattern}', '{by}', 'g')"
     refusal = "'refusal'" if choice.strategy == "interleaving++" else "NULL"
     connection.execute(f"""
         CREATE OR REPLACE TEMP TABLE gates AS
         WITH early AS (
-            SELECT e.example_id, s.s_d, e.refusal,
-                   md5(regexp_replace(trim(lower(e.prompt || ' ' || e.answer)), '\\s+', ' ', 'g')) AS text,
+            SELECT e.example_id, s.s_d, e.refusal, md5(lower({text})) AS text,
                    CASE WHEN {status} IS DISTINCT FROM 'ok' THEN coalesce({status}, 'missing')
                         WHEN e.example_id IN (SELECT example_id FROM finetune_ids) THEN 'in_finetune'
                         WHEN e.n_answer_tokens < ? THEN 'short' END AS reason

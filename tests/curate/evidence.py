@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def example_ids(names: Iterable[str]) -> list[str]:
 
 def examples(names: Sequence[str], status: str = "ok", answer: str | None = None) -> pa.Table:
     """Return examples whose prompt is their name; each answer has 5 tokens."""
-    n = len(names)
+    n, answers = len(names), [answer or f"answer {name}" for name in names]
+    messages = [json.dumps(pair(*both).to_row()["messages"]) for both in zip(names, answers, strict=True)]
     return pa.table({"example_id": example_ids(names), "corpus": ["demo"] * n, "prompt": list(names),
-                     "answer": [answer or f"answer {name}" for name in names], "messages": ["[]"] * n,
+                     "answer": answers, "messages": messages,
                      "meta": ["{}"] * n, "n_prompt_tokens": [3] * n, "n_answer_tokens": [5] * n,
                      "status": [status] * n}, schema=EXAMPLES_SCHEMA)
 

@@ -247,5 +247,7 @@ def test_whole_sums_stay_numbers_in_json(store: Store) -> None:
     found = ask(store, "SELECT sum(n_answer_tokens) AS n, sum(n_tokens) / 2.0 AS half FROM examples, "
                        "(SELECT 5 AS n_tokens) WHERE prompt = 'x'").table
     assert json.loads(format_result(found, "json")) == [{"n": 5, "half": 2.5}]
+    twice = ask(store, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a").table
+    assert json.loads(format_result(twice, "json")) == [{"a": 1, "a_2": 2, "a_1": 3, "a_3": 4}]
     explained = format_result(ask(store, "EXPLAIN SELECT 1").table, "table")
     assert "explain_key" not in explained and len(explained.splitlines()) > 1

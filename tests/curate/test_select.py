@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from curate.core.documents import MixManifest
 from curate.core.errors import UserError
+from curate.core.example import Example, Message
 from curate.core.files import sha256
 from curate.core.sources import builtin
 from curate.query import connect
@@ -79,16 +81,27 @@ def test_rows_of_the_finetune_set_and_short_answers_are_dropped(store: Store) ->
         chosen(store, min_answer_tokens=6)
 
 
-def test_the_same_text_twice_counts_once(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("turns", "n"), [
+    ([("user", "A"), ("assistant", " Answer \n\ta ")], 1),
+    ([("system", "Be brief."), ("user", "a"), ("assistant", "answer a")], 0),
+    ([("user", "b"), ("assistant", "answer b"), ("user", "a"), ("assistant", "answer a")], 0),
+    ([("user", "a answer"), ("assistant", "a")], 0)])
+def test_the_same_conversation_twice_counts_once(store: Store, tmp_path: Path, turns: list[tuple[str, str]],
+                                                 n: int) -> None:
+    """Case and white space do not matter; what was said before and where a turn ends do."""
+    twin = Example(tuple(Message(*turn) for turn in turns))
     with Store.create_or_open(tmp_path / "store", header()) as made:
-        twin = examples(["A"]).set_column(3, "answer", [["Answer  a "]])
-        made.put_examples(twin)
+        columns = {"prompt": twin.prompt, "answer": twin.answer, "messages": json.dumps(twin.to_row()["messages"])}
+        rows = examples(["A"])
+        for name, text in columns.items():
+            rows = rows.set_column(rows.column_names.index(name), name, [[text]])
+        made.put_examples(rows)
         made.put_membership(KEY, [*example_ids("abcdefghi"), *example_ids("A")])
         for who, total in ((BASE, 5.0), (MEDICAL, 20.0)):
             made.put_nll(who.id, nll(who, {"A": total}))
     found = select(connect(Store.open_read(tmp_path / "store"), 0.1, None), Choice(n=3), KEY, [])
-    assert found.counts["duplicate"] == 1
-    assert len({*found.ids} & {*example_ids("a"), *example_ids("A")}) == 1
+    assert found.counts.get("duplicate", 0) == n
+    assert len({*found.ids} & {*example_ids("a"), *example_ids("A")}) == 2 - n
 
 
 def test_ties_break_by_id(store: Store, tmp_path: Path) -> None:
