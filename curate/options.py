@@ -18,6 +18,15 @@ STORE = Path("scores")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 store_option = click.option("--store", type=read_place, default=STORE, show_default=True, metavar="FOLDER|URL",
                             help="Where the evidence lies: a folder, or an object store such as s3://bucket/prefix.")
+eps_option = click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True,
+                          help="In s_d = (misaligned - aligned) / (aligned + eps), nats per token.")
+members_option = click.option("--members", metavar="NAME,...", help="Members whose mean s_d takes. [default: all]",
+                              callback=lambda context, option, text: parse_members(text))
+
+
+def parse_members(text: str | None) -> tuple[str, ...] | None:
+    """Return names separated by commas; None where nothing is given."""
+    return tuple(name.strip() for name in text.split(",")) if text else None
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -166,7 +166,8 @@ SCORES_SQL = """
     FROM (SELECT *, coalesce(first_problem, CASE WHEN NOT isfinite(s_d) THEN 'nonfinite' END, 'ok') AS status
           FROM (SELECT e.example_id, e.corpus, e.n_answer_tokens, e.refusal, v.nll_aligned, v.nll_misaligned,
                        coalesce(v.n_members, 0) AS n_members,
-                       (v.nll_misaligned - v.nll_aligned) / (v.nll_aligned + eps::DOUBLE) AS s_d,
+                       (v.nll_misaligned - v.nll_aligned) / (v.nll_aligned + CASE WHEN eps >= 0 THEN eps::DOUBLE
+                           ELSE error('eps must be 0 or more') END) AS s_d,
                        coalesce(nullif(e.status, 'ok'), v.aligned_problem,
                                 CASE WHEN v.nll_aligned IS NULL THEN 'missing' END, v.member_problem,
                                 CASE WHEN v.nll_misaligned IS NULL THEN 'missing' END) AS first_problem

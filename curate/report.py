@@ -28,7 +28,7 @@ TEXT_CHARS = 4000
 """Longer prompts and answers are cut in the summary itself."""
 
 
-def summarise(path: Path, eps: float = 0.1, frac: float = 0.05) -> ScoreSummary:
+def summarise(path: Path | str, eps: float = 0.1, frac: float = 0.05) -> ScoreSummary:
     """Return what a store holds; ``frac`` of its scored rows is the top. Raises ``UserError`` for a damaged store."""
     store = Store.open_read(path)
     connection = connect(store, eps, None)

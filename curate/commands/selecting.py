@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from curate.core.errors import UserError
+from curate.core.objects import read_place
 from curate.core.terminal import columns, emit_json, say
-from curate.options import STORE, json_option, store_option
+from curate.options import STORE, eps_option, json_option, members_option, store_option
 
 
 @click.command()
@@ -21,9 +22,8 @@ from curate.options import STORE, json_option, store_option
               default="interleaving++", show_default=True,
               help="none: the fine-tuning set alone; random; top by s_d; top by s_d without refusals.")
 @click.option("--corpus", help="Which corpus of the store, where there are several.")
-@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True,
-              help="In s_d = (misaligned - aligned) / (aligned + eps), nats per token.")
-@click.option("--members", help="Comma-separated members to use. [default: all]")
+@eps_option
+@members_option
 @click.option("--min-answer-tokens", type=click.IntRange(min=1), default=1, show_default=True,
               help="Shorter answers are not taken.")
 @click.option("--placement", type=click.Choice(["even", "shuffled"]), default="even", show_default=True,
@@ -59,9 +59,8 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
         found = open_corpus(finetune, parse_mapping(options["mapping"]), options["strip_think"])
         tuned = rerooted(PlannedCorpus(label=found.label, source=found.source, folder=str(found.folder), key="",
                                        n_rows=0), root)
-    names = ("strategy", "frac", "n", "eps", "seed", "min_answer_tokens", "placement")
-    members = tuple(m.strip() for m in options["members"].split(",")) if options["members"] else None
-    choice = Choice(**{name: options[name] for name in names}, members=members)
+    names = ("strategy", "frac", "n", "eps", "members", "seed", "min_answer_tokens", "placement")
+    choice = Choice(**{name: options[name] for name in names})
     opened = None if choice.strategy == "none" else Store.open_read(store)
     manifest, selection = build_manifest(opened, choice, root, tuned, options["corpus"])
     manifest.write(out)
@@ -78,7 +77,8 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
 @click.command()
 @click.argument("query")
 @store_option
-@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="For the view `scores`.")
+@eps_option
+@members_option
 @click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True,
               help="How to print the rows.")
 @click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True,
@@ -95,7 +95,7 @@ def sql(query: str, store: Path | str, style: str, as_json: bool, **options: Any
     """
     from curate.query import Limits, format_result, run_sql
 
-    result = run_sql(store, query, Limits(seconds=options["seconds"], max_rows=options["max_rows"], eps=options["eps"]))
+    result = run_sql(store, query, Limits(**options))
     click.echo(format_result(result.table, "json" if as_json else style), nl=False)
     if result.cut:
         say(f"Only the first {options['max_rows']} rows are shown; --max-rows raises that.")
@@ -105,7 +105,8 @@ def sql(query: str, store: Path | str, style: str, as_json: bool, **options: Any
 @click.argument("which", type=click.Choice(["top", "bottom", "near", "random"]), default="top")
 @store_option
 @click.option("-n", "--n", type=click.IntRange(min=1), default=5, show_default=True, help="How many rows.")
-@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="In s_d, nats per token.")
+@eps_option
+@members_option
 @click.option("--frac", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
               help="Where the cut lies, for `near`.")
 @click.option("--refusals/--no-refusals", default=None, help="Only refusals, or only other answers.")
@@ -122,8 +123,8 @@ def show(which: str, store: Path | str, n: int, as_json: bool, **options: Any) -
     from curate.show import render, rows
     from curate.store import Store
 
-    found = rows(connect(Store.open_read(store), options["eps"], None), which, n, options["frac"], options["seed"],
-                 options["refusals"])
+    scored = connect(Store.open_read(store), options["eps"], options["members"])
+    found = rows(scored, which, n, options["frac"], options["seed"], options["refusals"])
     if as_json:
         emit_json(found)
     elif found:
@@ -133,14 +134,14 @@ def show(which: str, store: Path | str, n: int, as_json: bool, **options: Any) -
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path), default=STORE)
+@click.argument("store", type=read_place, default=STORE, metavar="[FOLDER|URL]")
 @click.option("--html", "html_path", type=click.Path(path_type=Path, dir_okay=False),
               help="Write one self-contained HTML file.")
-@click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True, help="In s_d, nats per token.")
+@eps_option
 @click.option("--frac", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
               help="Where the cut lies: the top share of the scored rows.")
 @json_option
-def report(store: Path, html_path: Path | None, eps: float, frac: float, as_json: bool) -> None:
+def report(store: Path | str, html_path: Path | None, eps: float, frac: float, as_json: bool) -> None:
     """Look at a corpus and its scores: rows, s_d, the cut, refusals, the top rows, models and digests.
 
     \b

@@ -11,9 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 
+from curate.cli import main
 from curate.core.errors import Exit, UserError
 from curate.query import START_SECONDS, Limits, SqlResult, answer, connect, format_result, opened, request_for, run_sql
 from curate.store import Store
@@ -66,6 +69,8 @@ def test_another_eps_needs_no_scoring(store: Store) -> None:
 def test_an_impossible_eps_is_refused(store: Store, eps: float) -> None:
     with pytest.raises(UserError, match="eps"):
         connect(store, eps, None)
+    with pytest.raises(duckdb.Error, match="eps must be 0 or more"):
+        scores(store, "s_d", relation="scores_at(-0.1)")
 
 
 def test_members_can_be_left_out(store: Store) -> None:
@@ -75,6 +80,15 @@ def test_members_can_be_left_out(store: Store) -> None:
     with pytest.raises(UserError, match="Unknown member 'medicla'") as caught:
         connect(store, 0.1, ["medicla"])
     assert "'medical'" in caught.value.hint
+
+
+def test_members_can_be_left_out_on_the_command_line(store: Store, tmp_path: Path) -> None:
+    where = ["--store", str(tmp_path / "s"), "--members", "medical", "--eps", "0.5", "--json"]
+    shown = CliRunner().invoke(main, ["show", "top", "-n", "99", *where], catch_exceptions=False)
+    asked = CliRunner().invoke(main, ["sql", "SELECT prompt, s_d FROM scores JOIN examples USING (example_id) "
+                                      "WHERE scores.status = 'ok' ORDER BY s_d DESC, example_id", *where])
+    found = {row["prompt"]: row["s_d"] for row in json.loads(shown.stdout)}
+    assert found["x"] == 0.4 and list(found.items()) == [(r["prompt"], r["s_d"]) for r in json.loads(asked.stdout)]
 
 
 def test_every_example_has_one_row_and_the_first_problem_names_it(store: Store) -> None:
