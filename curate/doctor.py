@@ -13,7 +13,8 @@ from pathlib import Path
 
 from curate.core.smollm2 import SMOLLM2_INSTALL
 
-EXTRAS = {"vllm": "vllm", "ray": "ray", "rl": "trl", "s3": "s3fs", "tasks": "lm_eval", "dev": "pytest"}
+EXTRAS = {"vllm": "vllm", "ray": "ray", "rl": "trl", "quant": "bitsandbytes", "s3": "s3fs", "tasks": "lm_eval",
+          "dev": "pytest"}
 
 
 @dataclass(frozen=True)

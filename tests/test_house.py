@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from pathlib import Path
 import click
 import pytest
 
+from curate.doctor import EXTRAS
 from tests.conftest import ROOT
 
 ROOMS = ("curate", "train", "judge")
@@ -145,6 +147,11 @@ def test_every_command_is_named_in_the_readme(room: str) -> None:
 
 
 # The data that ships with the package
+
+
+def test_the_doctor_looks_for_every_extra_that_brings_a_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS) == {name for name, packages in extras.items() if packages} - {"test"}
 
 
 def words(text: str) -> list[str]:
