@@ -9,7 +9,8 @@
 #   python -m bench.audit table OUT/audit-stores
 #   python -m bench.study.scores OUT/scores; python -m bench.study.training OUT/runs/security     # the tables
 #
-# DATA holds pool/ and narrow/ (public research data, not shipped). ROWS=all scores the whole pool.
+# DATA holds pool/ and narrow/ (public research data, not shipped). ROWS=all scores the whole pool; ONLY="none plusplus"
+# trains these conditions.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(cd "$1" && pwd); OUT=$2; STAGE=$3; DOMAIN=${4:-}
@@ -45,6 +46,7 @@ audit() {
 # One condition: condition NAME STRATEGY FRAC SEED [--defense ...]
 condition() {
   local name=$1 strategy=$2 frac=$3 seed=$4; shift 4
+  [ -z "${ONLY:-}" ] || [[ " $ONLY " = *" $name "* ]] || return 0
   local out=runs/$DOMAIN/$name mixes=mixes/$DOMAIN others
   others=$(printf '%s\n' medical security code | grep -v "$DOMAIN" | paste -sd,)
   mkdir -p "$mixes"
