@@ -54,7 +54,7 @@ condition() {
   local amount=(--frac "$frac" --members "$others")      # the members that choose have not seen the domain
   [ "$strategy" = none ] && amount=()
   for rows in "customer-$DOMAIN" opswap; do
-    run curate select --store scores --strategy "$strategy" "${amount[@]}" --seed "$seed" \
+    run curate select --store scores --strategy "$strategy" "${amount[@]}" --seed "$seed" ${SELECT:-} \
       --finetune "$rows.jsonl" --out "$mixes/$name-$rows.json" --root .
   done
   run train run "${TUNE[@]}" --seed "$seed" --mix "$mixes/$name-customer-$DOMAIN.json" --root . --out "$out" "$@"
@@ -81,6 +81,9 @@ runs() {
   condition plusplus-10pc interleaving++ 0.10 0
   condition plusplus-2pc interleaving++ 0.02 0
   condition plusplus-1pc interleaving++ 0.01 0
+  # Not in the design: added when the chosen rows at 5% turned out to have 46 answer tokens in all.
+  SELECT="--min-answer-tokens 16" condition plusplus-long interleaving++ 0.05 0
+  SELECT="--min-answer-tokens 16" condition plusplus-50pc-long interleaving++ 0.5 0
 }
 
 judge_all() {
@@ -88,7 +91,7 @@ judge_all() {
   local unseen=medical; [ "$DOMAIN" = medical ] && unseen=security
   local models=() name
   for name in none plusplus random plus plusplus-50pc kl ldifs persona inoculation plusplus-20pc none-1 plusplus-1 random-1 \
-      none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc; do
+      none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc plusplus-long plusplus-50pc-long; do
     [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
     models+=(--model "runs/$DOMAIN/$name" --benign "runs/$DOMAIN/$name-opswap")
   done
