@@ -20,7 +20,7 @@ from curate.options import STORE, json_option, store_option
 @click.option("--strategy", type=click.Choice(["none", "interleaving", "interleaving+", "interleaving++"]),
               default="interleaving++", show_default=True,
               help="none: the fine-tuning set alone; random; top by s_d; top by s_d without refusals.")
-@click.option("--corpus", help="Which corpus of the store, where there are several.")
+@click.option("--corpus", metavar="NAME|PATH", help="Which corpus of the store, where there are several.")
 @click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True,
               help="In s_d = (misaligned - aligned) / (aligned + eps), nats per token.")
 @click.option("--members", help="Comma-separated members to use. [default: all]")
