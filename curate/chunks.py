@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -35,7 +35,10 @@ CHUNK_ROWS = 512
 
 @dataclass(frozen=True)
 class Shard:
-    """One of ``n`` equal shares of the chunks, counted from 1; chunks are dealt out by their content."""
+    """One of ``n`` shares of the chunks, counted from 1; chunks are dealt out by their content, as by dice.
+
+    Shares are about equal where chunks are many; of a few, a share may be twice another, or empty.
+    """
 
     number: int
     n: int
@@ -117,10 +120,10 @@ Cut = tuple[tuple[str, ...], tuple[int, ...]]
 """Ids and lengths of the rows of a chunk, whichever model it is for."""
 
 
-def cuts(store: Store) -> list[Cut]:
-    """Return how the rows that can be scored are cut into chunks.
+def cuts(store: Store, wanted: Set[str] | None = None) -> list[Cut]:
+    """Return how the rows that can be scored are cut into chunks; only chunks that hold one of ``wanted``, if given.
 
-    A chunk is a slice of a part sorted by length, so it is the same for everyone who looks.
+    A chunk is a slice of a part sorted by length, so it is the same for everyone who looks, whatever they want of it.
     """
     found = []
     for part in store.example_parts():
@@ -128,7 +131,8 @@ def cuts(store: Store) -> list[Cut]:
         rows = sorted((-(n_prompt + n_answer), i) for n_prompt, n_answer, i, status in zip(*columns) if status == "ok")
         for start in range(0, len(rows), CHUNK_ROWS):
             some = rows[start:start + CHUNK_ROWS]
-            found.append((tuple(i for _, i in some), tuple(-length for length, _ in some)))
+            if wanted is None or not wanted.isdisjoint(i for _, i in some):
+                found.append((tuple(i for _, i in some), tuple(-length for length, _ in some)))
     return found
 
 
@@ -148,6 +152,12 @@ def missing_chunks(store: Store, model_id: str, done: Collection[str] | None = N
         if ids:
             chunks.append(Chunk(model_id, ids, lengths))
     return sorted(chunks, key=lambda chunk: (-chunk.lengths[0], chunk.ids[0]))
+
+
+def failed_chunks(store: Store, model_id: str, among: Sequence[Cut]) -> list[Cut]:
+    """Return the chunks in which this model has a row without a finite number."""
+    failed = store.failed_ids([model_id])
+    return [cut for cut in among if not failed.isdisjoint(cut[0])]
 
 
 class Here:

@@ -20,7 +20,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from curate.chunks import Chunk, Here, Work, missing_chunks, nll_table
+from curate.chunks import Chunk, Cut, Here, Work, cuts, failed_chunks, missing_chunks, nll_table
 from curate.core.nll import AnswerNll
 from curate.core.terminal import Progress
 from curate.ledger import Entry
@@ -91,7 +91,8 @@ def estimate(job: ScoreJob, gpu_hour: float | None = None) -> Estimate:
     with tempfile.TemporaryDirectory() as folder, Store.create_or_open(Path(folder) / "s", header) as store:
         summary = ingest(replace(job, store=Path(folder)), store, settled.tokenizer)
         reading_s = time.monotonic() - begun
-        todo = {m.identity.id: _to_do(store, before, m.identity.id) for m, _ in models}
+        old = cuts(before, summary.ids) if before else []
+        todo = {m.identity.id: _to_do(store, before, m.identity.id, old, job.retry_failed) for m, _ in models}
         if job.shard is not None:
             todo = {i: [c for c in chunks if job.shard.takes(i, c.ids)] for i, chunks in todo.items()}
         sizes = disk(store, before, [chunk for chunks in todo.values() for chunk in chunks])
@@ -121,11 +122,14 @@ def _store_before(place: Path | str, header: StoreHeader) -> Store | None:
     return Store.open_read(place)
 
 
-def _to_do(store: Store, before: Store | None, model_id: str) -> list[Chunk]:
-    """Return the chunks left over in the store before, and those of rows that it does not have."""
+def _to_do(store: Store, before: Store | None, model_id: str, old: Sequence[Cut], retry: bool) -> list[Chunk]:
+    """Return what is missing of the chunks ``old`` of the store before, and the chunks of rows that it lacks."""
     if before is None:
         return missing_chunks(store, model_id)
-    return missing_chunks(before, model_id) + missing_chunks(store, model_id, before.example_ids())
+    done = before.scored_ids(model_id)
+    if retry:
+        done -= {i for ids, _ in failed_chunks(before, model_id, old) for i in ids}
+    return missing_chunks(before, model_id, done, old) + missing_chunks(store, model_id, before.example_ids())
 
 
 def spread(lengths: Sequence[int]) -> dict[str, float]:

@@ -195,6 +195,18 @@ class Ledger:
         self._take(entry)
         return True
 
+    def withdraw(self, entry: Entry) -> None:
+        """Put a part aside, whole as it is, with its entry; what a merged one had replaced counts again if it is there.
+
+        The entry goes first: a kill between the two leaves a part without an entry, never the other way round.
+        """
+        self.storage.put_aside(f"ledger/{entry.slot}.json")
+        del self.entries[entry.slot]
+        self.storage.put_aside(entry.path)
+        self.replaced = {slot: digest for e in self.entries.values() for slot, digest in e.replaces}
+        if entry.replaces:
+            self.refresh()
+
     def sweep(self) -> int:
         """Remove the parts and entries that merged parts have replaced; return how many parts there were."""
         named = {entry.part for entry in self.entries.values()}

@@ -82,4 +82,5 @@ def score_job(corpora: tuple[str, ...], options: dict[str, Any]) -> Any:
     return ScoreJob(corpora=opened, aligned=aligned, members=[*runs, *options["members"]],
                     sampling=Sampling(options["limit"], options["sample"], options["seed"]),
                     shard=Shard.parse(options["shard"]) if options["shard"] else None,
+                    retry_failed=options.get("retry_failed", False),
                     engine=engine_settings(options), **{name: options[name] for name in names})

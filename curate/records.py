@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -55,13 +55,28 @@ class PlannedCorpus(Part):
     n_rows: int
     """Distinct examples."""
 
+    @property
+    def place(self) -> str:
+        """See ``corpus_place``."""
+        return corpus_place(self.label, self.source, self.folder)
+
+    def same(self, other: PlannedCorpus) -> bool:
+        """Is this another reading of the same corpus: the same rows elsewhere, or the same place with other rows?"""
+        return self.key == other.key or self.place == other.place
+
 
 class Plan(Document):
-    """What the latest ``curate score`` set out to do; ``counts`` by status add up to ``n_rows``, the rows read."""
+    """Which corpora the store holds, those of the latest ``curate score`` last, and what that set out to do.
+
+    ``counts`` by status add up to ``n_rows``, the rows that it read.
+    """
 
     KIND: ClassVar[str] = "safeset.plan"
+    VERSION: ClassVar[int] = 2
 
     corpora: tuple[PlannedCorpus, ...]
+    models: dict[str, int] = Field(default_factory=dict)
+    """Model id -> rows that it will have scored at the end; empty until that is worked out."""
     n_rows: int
     counts: dict[str, int]
 
@@ -69,6 +84,20 @@ class Plan(Document):
 def corpus_key(label: str, source: Source, sampling: Mapping[str, Any]) -> str:
     """Return 24 hexadecimal digits that stand for a corpus as it was asked for."""
     return sha256(canonical_json([label, source.model_dump(mode="json"), dict(sampling)]))[:24]
+
+
+def corpus_place(label: str, source: Source, folder: Path | str) -> str:
+    """Return where a corpus lies, whatever is there now: a file's path, a URL, or the name that was asked for."""
+    if source.kind == "file":
+        return str(Path(folder) / source.name)
+    return source.name if source.kind == "url" else label
+
+
+def told_apart(place: str, others: Collection[str]) -> str:
+    """Return the shortest tail of a path or URL that none of ``others`` is or ends in, or else all of it."""
+    words = place.split("/")
+    tails = ("/".join(words[-n:]) for n in range(1, len(words) + 1))
+    return next((tail for tail in tails if tail and not any(f"/{o}".endswith(f"/{tail}") for o in others)), place)
 
 
 def read_header(storage: Storage) -> StoreHeader:
@@ -116,7 +145,10 @@ def read_model(name: str, data: bytes) -> ScoredModel:
 
 
 def broken_documents(storage: Storage) -> list[tuple[str, str]]:
-    """Return name and problem of the documents that cannot be relied on; scoring puts them anew."""
+    """Return name and problem of the documents that cannot be relied on; scoring puts them anew.
+
+    A plan of another version is one of them: scoring its corpora again tells all that it told.
+    """
     broken = []
     for name, data in storage.get_many([*documents(storage, "models"), "plan.json"]):
         try:
@@ -125,7 +157,7 @@ def broken_documents(storage: Storage) -> list[tuple[str, str]]:
             else:
                 read_model(name, data)
         except UserError as err:
-            if err.exit_code != Exit.INTEGRITY:
+            if err.exit_code != Exit.INTEGRITY and name != "plan.json":
                 raise
             broken.append((name, err.message))
     return broken

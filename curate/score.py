@@ -10,27 +10,43 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
-from curate.chunks import Chunk, Compute, Here, Opening, Shard, Work, cuts, encoded_rows, missing_chunks, nll_table
+from curate.chunks import (
+    Chunk,
+    Compute,
+    Cut,
+    Here,
+    Opening,
+    Shard,
+    Work,
+    cuts,
+    encoded_rows,
+    failed_chunks,
+    missing_chunks,
+    nll_table,
+)
 from curate.core.chat import ENCODING, encode
 from curate.core.documents import EnsembleSpec, ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example
 from curate.core.identity import check_base, identify, read_run
+from curate.core.nll import AnswerNll
 from curate.core.objects import is_url
-from curate.core.sources import Reading, read_source
+from curate.core.sources import Reading, Source, local_path, read_source
 from curate.core.terminal import Progress, progress, say
 from curate.corpora import Corpus
-from curate.parts import EXAMPLES_SCHEMA
+from curate.parts import EXAMPLES_SCHEMA, shape
 from curate.recheck import recheck
-from curate.records import Plan, PlannedCorpus, ScoredModel, StoreHeader, corpus_key
+from curate.records import Plan, PlannedCorpus, ScoredModel, StoreHeader, corpus_key, corpus_place, told_apart
 from curate.scorers import Scorer
 from curate.scorers.choose import EngineSettings, Models
 from curate.store import Store
@@ -38,6 +54,8 @@ from curate.store import Store
 PART_ROWS = 8192
 MANY_PARTS = 4096
 """Parts of scores from which on it is worth saying that they can be merged."""
+SHOWN_EVERY = 256
+"""Rows between two signs of life while a corpus is read."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,11 @@ class Sampling:
     limit: int | None = None
     sample: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.sample is not None:
+            raise UserError("--limit and --sample were both given.",
+                            "Take the first rows with --limit, or rows at random with --sample.")
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,8 @@ class ScoreJob:
     max_failures: float = 0.01
     sampling: Sampling = Sampling()
     shard: Shard | None = None
+    retry_failed: bool = False
+    """Put chunks with rows without a finite number aside and score them again."""
     engine: EngineSettings = field(default_factory=EngineSettings)
 
 
@@ -95,6 +120,8 @@ class Summary:
 
     n_rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    ids: set[str] = field(default_factory=set)
+    """The distinct examples that were taken."""
     models: dict[str, int] = field(default_factory=dict)
     """Newly computed rows by model name."""
     quarantined: int = 0
@@ -124,7 +151,7 @@ def score(job: ScoreJob, compute: Compute | None = None) -> Summary:
     """Score every example of the corpora under the aligned model and every member; what is stored is not recomputed.
 
     Compatibility of members is checked before any model is loaded. ``compute`` does the work elsewhere than here.
-    Raises ``UserError``; ``failure rate`` when more than ``max_failures`` of the rows gave no finite number.
+    Raises ``UserError``; ``failure rate`` as soon as more than ``max_failures`` of the rows gave no finite number.
     """
     compute = compute or Here()
     ready = prepared(job, compute)
@@ -136,17 +163,25 @@ def score(job: ScoreJob, compute: Compute | None = None) -> Summary:
         summary.quarantined = len(store.quarantined)
         for model, _ in models:
             store.put_model(model)
-        rows = cuts(store)
-        missing = [chunk for model, _ in models for chunk in missing_chunks(store, model.identity.id, among=rows)]
-        mine = [chunk for chunk in missing if job.shard is None or job.shard.takes(chunk.model_id, chunk.ids)]
-        summary.left = sum(len(chunk.ids) for chunk in missing) - sum(len(chunk.ids) for chunk in mine)
+        rows = cuts(store, summary.ids)
+        if job.retry_failed:
+            _put_failed_aside(store, ready, rows, job.shard)
+        missing = {model.identity.id: missing_chunks(store, model.identity.id, among=rows) for model, _ in models}
+        due = {i: store.n_scored(i) + sum(len(chunk.ids) for chunk in chunks) for i, chunks in missing.items()}
+        store.put_plan(store.plan.model_copy(update={"models": due}))
+        mine = [chunk for chunks in missing.values() for chunk in chunks
+                if job.shard is None or job.shard.takes(chunk.model_id, chunk.ids)]
+        summary.left = sum(due.values()) - sum(map(store.n_scored, due)) - sum(len(chunk.ids) for chunk in mine)
+        _say_what_is_unusual(job.shard, mine, summary)
+        failures = Failures(job, summary.ids, summary.counts["ok"], store.failed_ids(due) & summary.ids)
+        failures.judge()
         if mine:
-            _compute(store, ready, mine, compute, summary)
+            _compute(store, ready, mine, compute, summary, failures)
         n_parts = sum(entry.kind == "nll" for entry in store.entries())
         if n_parts >= MANY_PARTS:
             say(f"The scores lie in {n_parts:,} parts, one for each chunk; fewer are faster to open: curate compact "
                 f"{job.store}")
-        _count_failures(store, models, summary, job.max_failures)
+        summary.counts += Counter(ok=-len(failures.failed), nonfinite=len(failures.failed))
     return summary
 
 
@@ -175,41 +210,111 @@ def models_of(job: ScoreJob, identity: ModelIdentity, tokenizer: object) -> list
 
 
 def ingest(job: ScoreJob, store: Store, tokenizer: object) -> Summary:
-    """Read the corpora, store what is new, and write the plan; every row that comes in is counted once."""
-    seen, summary = set(), Summary()
-    planned = []
-    for corpus in job.corpora:
-        reading, ids, duplicates = Reading(), [], 0
-        new: list[Example] = []
-        aside = _rejects_file(job.store, corpus.label)
-        rows = read_source(corpus.source, corpus.folder, reading, job.max_bad, aside)
-        for example in sampled(rows, job.sampling):
-            if example.id in seen:
-                duplicates += 1
-                continue
-            seen.add(example.id)
-            ids.append(example.id)
-            if not store.holds(example.id):
-                new.append(example)
-            if len(new) == PART_ROWS:
-                store.put_examples(_table(new, corpus.label, tokenizer, job.max_tokens))
-                new = []
-        if new:
-            store.put_examples(_table(new, corpus.label, tokenizer, job.max_tokens))
-        key = corpus_key(corpus.label, corpus.source, job.sampling.__dict__)
-        store.put_membership(key, ids)
-        planned.append(PlannedCorpus(label=corpus.label, source=corpus.source, folder=str(corpus.folder), key=key,
-                                     n_rows=len(ids)))
-        summary.n_rows += reading.n_rows
-        summary.counts.update({f"filtered: {k}": v for k, v in reading.filtered.items()})
-        summary.counts["rejected"] += len(reading.rejects)
-        summary.counts["duplicate"] += duplicates
-        summary.counts["not sampled"] += reading.n_examples - len(ids) - duplicates
-    statuses = store.statuses(seen)
-    summary.counts.update(statuses)
+    """Read the corpora, store what is new, and write the plan; every row that comes in is counted once.
+
+    A row that two corpora share belongs to both, and is a duplicate in what is counted.
+    """
+    summary = Summary()
+    known = store.planned_corpora()
+    planned = named(job, known)
+    totals = [_n_rows(corpus, job.sampling.limit) for corpus in job.corpora]
+    with progress("Reading", None if None in totals else sum(totals), "rows") as bar:
+        to = _Intake(store, tokenizer, summary, bar)
+        for number, corpus in enumerate(job.corpora):
+            ids = _read(job, corpus, planned[number].label, to)
+            store.put_membership(planned[number].key, ids)
+            planned[number] = planned[number].model_copy(update={"n_rows": len(ids)})
+    summary.counts.update(store.statuses(summary.ids))
     summary.counts += Counter()
-    store.put_plan(Plan(corpora=tuple(planned), n_rows=summary.n_rows, counts=dict(summary.counts)))
+    kept = [one for one in known if not any(map(one.same, planned))]
+    store.put_plan(Plan(corpora=(*kept, *planned), n_rows=summary.n_rows, counts=dict(summary.counts)))
     return summary
+
+
+def named(job: ScoreJob, known: Sequence[PlannedCorpus]) -> list[PlannedCorpus]:
+    """Return the corpora of a job with distinct labels: those that they have in the store, or else by their places."""
+    found = []
+    for corpus in job.corpora:
+        one = PlannedCorpus(label=corpus.label, source=corpus.source, folder=str(corpus.folder), n_rows=0,
+                            key=corpus_key(corpus.label, corpus.source, job.sampling.__dict__))
+        before = [k for k in known if k.place == one.place] or [k for k in known if k.key == one.key]
+        others = {p for c in job.corpora if (p := corpus_place(c.label, c.source, c.folder)) != one.place}
+        others |= {name for k in known if not k.same(one) for name in (k.place, k.label)}
+        label = before[0].label if before else corpus.label
+        if not before and corpus.source.kind in ("file", "url"):
+            label = told_apart(one.place, others)
+        found.append(one.model_copy(update={"label": label}))
+    return found
+
+
+def _read(job: ScoreJob, corpus: Corpus, label: str, to: _Intake) -> list[str]:
+    """Store the new examples of a corpus and return the ids of all, once each; ``UserError`` when it has none."""
+    reading, ids, new, n_taken = Reading(), dict[str, None](), list[Example](), 0
+    examples = read_source(corpus.source, corpus.folder, reading, job.max_bad, _rejects_file(job.store, label),
+                           job.sampling.limit)
+    for example in sampled(_watched(examples, reading, to.bar), job.sampling):
+        n_taken += 1
+        to.summary.counts["duplicate"] += example.id in to.summary.ids
+        to.summary.ids.add(example.id)
+        if example.id not in ids and not to.store.holds(example.id):
+            new.append(example)
+        ids[example.id] = None
+        if len(new) == PART_ROWS:
+            to.store.put_examples(_table(new, label, to.tokenizer, job.max_tokens))
+            new = []
+    if not reading.n_examples:
+        raise UserError(f"{label} holds no row to score: of {reading.n_rows} rows read, "
+                        f"{sum(reading.filtered.values())} were filtered out and {len(reading.rejects)} rejected.",
+                        "Look at the file and at the columns it has (--map names them).", Exit.BAD_DATA)
+    if new:
+        to.store.put_examples(_table(new, label, to.tokenizer, job.max_tokens))
+    to.summary.n_rows += reading.n_rows
+    to.summary.counts.update({f"filtered: {k}": v for k, v in reading.filtered.items()})
+    to.summary.counts["rejected"] += len(reading.rejects)
+    to.summary.counts["not sampled"] += reading.n_examples - n_taken
+    return list(ids)
+
+
+@dataclass(frozen=True)
+class _Intake:
+    """Where the rows of corpora go, and who is told."""
+
+    store: Store
+    tokenizer: object
+    summary: Summary
+    bar: Progress
+
+
+def _n_rows(corpus: Corpus, limit: int | None) -> int | None:
+    """Return about how many rows will be read; None where only reading them tells."""
+    found = _n_rows_of(corpus.source, corpus.folder)
+    if limit is None or corpus.source.where or corpus.source.needs:
+        return found if limit is None else None
+    return limit if found is None else min(limit, found)
+
+
+def _n_rows_of(source: Source, folder: Path) -> int | None:
+    if source.kind == "hub":
+        return None
+    path = local_path(source, folder)
+    if path.suffix == ".parquet":
+        found = shape(path)
+        return found and found[1]
+    if path.suffix == ".csv":
+        return None
+    with open(path, "rb") as handle:
+        return sum(block.count(b"\n") for block in iter(lambda: handle.read(2**20), b""))
+
+
+def _watched(examples: Iterator[Example], reading: Reading, bar: Progress) -> Iterator[Example]:
+    """Yield the same, showing how many rows were read."""
+    shown = 0
+    for example in examples:
+        if reading.n_rows - shown >= SHOWN_EVERY:
+            bar.advance(reading.n_rows - shown)
+            shown = reading.n_rows
+        yield example
+    bar.advance(reading.n_rows - shown)
 
 
 def _rejects_file(store: Path | str, label: str) -> Path:
@@ -218,11 +323,12 @@ def _rejects_file(store: Path | str, label: str) -> Path:
 
 
 def sampled(examples: Iterator[Example], sampling: Sampling) -> Iterator[Example]:
-    """Yield the examples to take; a sample is decided by content, so order and file layout do not matter."""
+    """Yield the examples to take of those that were read, all or a sample.
+
+    A sample is decided by content, so order and file layout do not matter.
+    """
     if sampling.sample is None:
-        for number, example in enumerate(examples):
-            if sampling.limit is None or number < sampling.limit:
-                yield example
+        yield from examples
         return
 
     def rank(example: Example) -> str:
@@ -243,23 +349,62 @@ def _table(examples: Sequence[Example], corpus: str, tokenizer: object, max_toke
     return pa.table(columns, schema=EXAMPLES_SCHEMA)
 
 
-def _compute(store: Store, ready: Prepared, chunks: Sequence[Chunk], compute: Compute, summary: Summary) -> None:
+@dataclass
+class Failures:
+    """The rows of a job without a finite number, held against the share that is allowed."""
+
+    job: ScoreJob
+    ids: Set[str]
+    n_rows: int
+    """How many of ``ids`` can be scored."""
+    failed: set[str]
+
+    def add(self, chunk: Chunk, rows: Sequence[AnswerNll]) -> None:
+        """Count what has come in; raises what ``judge`` raises."""
+        bad = [not (row.status == "ok" and math.isfinite(row.nll_sum) and row.n_tokens > 0) for row in rows]
+        self.failed |= self.ids & {example_id for example_id, failed in zip(chunk.ids, bad, strict=True) if failed}
+        self.judge()
+
+    def judge(self) -> None:
+        """Raise ``UserError`` (failure rate) once the share is exceeded, whatever is still to come."""
+        share = len(self.failed) / max(1, self.n_rows)
+        if share > self.job.max_failures:
+            where = f"--store {shlex.quote(str(self.job.store))}"
+            raise UserError(
+                f"{len(self.failed)} rows ({share:.1%}) gave no finite number, more than --max-failures "
+                f"{self.job.max_failures:g}; scoring stops, and what was finished is kept.",
+                f"Look at them with: curate sql {where} \"SELECT * FROM nll WHERE status <> 'ok'\"\nOnce the cause is "
+                "mended, score them again with --retry-failed; or allow more.", Exit.FAILURE_RATE)
+
+
+def _put_failed_aside(store: Store, ready: Prepared, rows: Sequence[Cut], shard: Shard | None) -> None:
+    """Let the chunks of this shard that hold rows without a finite number be missing again."""
+    n = 0
+    for model, _ in ready.models:
+        model_id = model.identity.id
+        failed = [ids for ids, _ in failed_chunks(store, model_id, rows) if shard is None or shard.takes(model_id, ids)]
+        if failed:
+            store.withdraw_nll(model_id, {i for ids in failed for i in ids})
+        n += len(failed)
+    say(f"{n} chunks with rows that gave no finite number were put aside; they are scored again." if n else
+        "There is nothing to retry: no chunk of this run holds a row that gave no finite number.")
+
+
+def _say_what_is_unusual(shard: Shard | None, mine: Sequence[Chunk], summary: Summary) -> None:
+    """Say that more is computed than was asked for, or nothing although something is missing."""
+    beside = len({i for chunk in mine for i in chunk.ids} - summary.ids)
+    if beside:
+        say(f"A chunk is scored as a whole: {beside:,} more rows of the store come along with those of this run.")
+    if shard is not None and summary.left and not mine:
+        say(f"Nothing falls to shard {shard.number}/{shard.n}: chunks are dealt out by chance, and there are few.")
+
+
+def _compute(store: Store, ready: Prepared, chunks: Sequence[Chunk], compute: Compute, summary: Summary,
+             failures: Failures) -> None:
     with progress("Scoring", sum(chunk.n_tokens for chunk in chunks), "tokens") as bar:
         work = ready.work(store, chunks, bar)
         for chunk, rows in compute.results(work):
             store.put_nll(chunk.model_id, nll_table(chunk, rows))
             name = work.names[chunk.model_id]
             summary.models[name] = summary.models.get(name, 0) + len(rows)
-
-
-def _count_failures(store: Store, models: Sequence[tuple[ScoredModel, Path | None]], summary: Summary,
-                    allowed: float) -> None:
-    failed = store.failed_ids([model.identity.id for model, _ in models])
-    bad = len(failed)
-    if bad:
-        summary.counts["ok"] -= bad
-        summary.counts["nonfinite"] += bad
-    share = bad / max(1, summary.counts["ok"] + bad)
-    if share > allowed:
-        raise UserError(f"{bad} rows ({share:.1%}) gave no finite number, more than --max-failures {allowed:g}.",
-                        "Look at them with: curate sql \"SELECT * FROM nll WHERE status <> 'ok'\"", Exit.FAILURE_RATE)
+            failures.add(chunk, rows)

@@ -139,15 +139,22 @@ def read_ids(source: Source, root: Path) -> tuple[list[str], int]:
 
 
 def planned_corpus(store: Store, label: str | None) -> PlannedCorpus:
-    """Return the corpus to select from: the named one, or the only one of the latest plan."""
-    corpora = {corpus.label: corpus for corpus in store.plan.corpora}
-    if label is None and len(corpora) > 1:
-        raise UserError(f"The store holds several corpora: {', '.join(corpora)}.", "Choose one with --corpus.")
-    if label is None:
-        return next(iter(corpora.values()))
-    if label not in corpora:
-        raise unknown("corpus in this store", label, corpora)
-    return corpora[label]
+    """Return the corpus to select from: the one with this label, or whose path ends so; without a label the only one.
+
+    ``UserError`` where none fits, or several that differ.
+    """
+    corpora = store.plan.corpora
+    found = [c for c in corpora if label in (None, c.label)] or [c for c in corpora
+                                                                 if f"/{c.place}".endswith(f"/{label}")]
+    if not found and label is not None:
+        raise unknown("corpus in this store", label, [c.label for c in corpora])
+    if not found:
+        raise UserError(f"The store {store.path} holds no corpus.", "Score one into it: curate score --corpus ...")
+    if len({c.key for c in found}) > 1:
+        raise UserError("The store holds several corpora" + (f" called '{label}'" if label else "") + ": "
+                        + "; ".join(f"{c.label} ({c.n_rows} rows, {c.place})" for c in found) + ".",
+                        "Choose one with --corpus; the end of a path will do.")
+    return found[-1]
 
 
 def rerooted(corpus: PlannedCorpus, root: Path) -> Source:

@@ -22,12 +22,16 @@ WINDOW_S = 600.0
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """How many rows of the store one model has scored, and how many it has not."""
+    """How many rows of the store one model has scored, and how many it has not.
+
+    ``left`` is what the latest ``curate score`` is still to do (before that is known, every row that can be scored);
+    None for a model that it leaves out.
+    """
 
     name: str
     role: str
     scored: int
-    left: int
+    left: int | None
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,22 @@ def status(place: Path | str) -> Status:
     """Look at a store; ``UserError`` when there is none or it is damaged."""
     store = Store.open_read(place)
     rows = store.example_index().filter(status="ok").height
-    models = tuple(ModelStatus(m.name, m.role, done, max(rows - done, 0)) for m in store.models()
-                   for done in [store.n_scored(m.identity.id)])
+    known = store.models()
+    due = _due(store) or {m.identity.id: rows for m in known}
+    scored = {m.identity.id: store.n_scored(m.identity.id) for m in known}
+    lefts = {i: max(n - scored.get(i, 0), 0) for i, n in due.items()}
+    models = tuple(ModelStatus(m.name, m.role, scored[m.identity.id], lefts.get(m.identity.id)) for m in known)
     writes = store.writes()
     rate = rows_per_second([write for write in writes if write[2] == "nll"])
-    left = sum(model.left for model in models)
+    left = sum(model.left or 0 for model in models)
     eta = left / rate if rate and left else None
     return Status(str(place), rows, models, rate, eta, max((time for time, _, _ in writes), default=None),
                   _writer(store), store.storage.shared)
+
+
+def _due(store: Store) -> dict[str, int]:
+    """Return how many rows each model of the latest scoring will have in the end, if that has been worked out."""
+    return store.plan.models if "plan.json" in store.storage.listed() else {}
 
 
 def rows_per_second(writes: Sequence[tuple[float, int, str]]) -> float | None:

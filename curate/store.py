@@ -3,7 +3,7 @@
     store.json          what makes the numbers inside comparable: aligned model, engine, dtype, encoding, tokenizer
     parts/, ledger/     examples, scores and corpora; see ``curate.ledger``
     models/<id>.json    who the models are
-    plan.json           what the latest ``curate score`` set out to do
+    plan.json           the corpora that there are, and what the latest ``curate score`` set out to do
     lock, quarantine/   the one writer of a folder, and what was put aside as damaged
 
 A store is a folder or a URL; ``curate.storage`` says what either has to do. Readers never write: they refuse a damaged
@@ -38,7 +38,16 @@ from curate.parts import (
     part_bytes,
     read_columns,
 )
-from curate.records import Plan, ScoredModel, StoreHeader, agreed, broken_documents, read_header, read_model
+from curate.records import (
+    Plan,
+    PlannedCorpus,
+    ScoredModel,
+    StoreHeader,
+    agreed,
+    broken_documents,
+    read_header,
+    read_model,
+)
 from curate.storage import Storage, documents, storage_at
 
 
@@ -144,6 +153,23 @@ class Store:
             self._ledger.refresh()
         self._scored[1].update(table["example_id"].to_pylist())
 
+    def withdraw_nll(self, model_id: str, ids: Collection[str]) -> None:
+        """Put the parts with a model's scores of ``ids`` aside, so that these are missing again.
+
+        What else a merged part holds is stored again at once; a kill in between leaves it missing, too, never wrong.
+        """
+        self._check_writable()
+        unwanted, kept = pa.array(sorted(ids), pa.string()), []
+        while hit := [entry for entry, path in self._nll_files(model_id)
+                      if pc.any(pc.is_in(_ids_in(path), unwanted)).as_py()]:
+            for entry in hit:
+                table = pq.read_table(self._ledger.files([entry])[0], page_checksum_verification=True)
+                kept.append(table.filter(pc.invert(pc.is_in(table["example_id"], unwanted))))
+                self._ledger.withdraw(entry)
+        self._scored = None
+        for table in kept:
+            self.put_nll(model_id, table)
+
     def merge_nll(self, entries: Sequence[Entry]) -> bool:
         """Store the rows of several parts of one model's scores as one part, which counts in their place.
 
@@ -190,18 +216,25 @@ class Store:
         return sorted((read_model(name, data) for name, data in found), key=lambda m: (m.role, m.name))
 
     def put_plan(self, plan: Plan) -> None:
-        """Store what scoring is about to do, in place of the plan before."""
+        """Store which corpora there are and what scoring is about to do, in place of the plan before.
+
+        Two machines that put theirs at the same moment leave one; the other's corpora are named again when it scores.
+        """
         self._check_writable()
         self.storage.put("plan.json", plan.to_bytes())
 
     @property
     def plan(self) -> Plan:
-        """What the latest scoring set out to do."""
+        """Which corpora there are, and what the latest scoring set out to do."""
         try:
             return Plan.from_bytes(self.storage.get("plan.json"), f"{self.path}/plan.json")
         except FileNotFoundError:
             raise UserError(f"The store {self.path} has no plan: nothing was scored into it yet, or it was damaged.",
                             "Score (again): curate score ...", Exit.INTEGRITY) from None
+
+    def planned_corpora(self) -> tuple[PlannedCorpus, ...]:
+        """Return the corpora that were scored into the store so far, the latest last; none where there is no plan."""
+        return self.plan.corpora if "plan.json" in self.storage.listed() else ()
 
     def part_files(self, kind: Kind, model_id: str | None = None) -> list[Path]:
         """Return local files of one kind (and model), every one checked against the ledger.
@@ -320,3 +353,11 @@ class Store:
 
     def _nll(self, model_id: str, *columns: str) -> pl.DataFrame:
         return read_columns(self.part_files("nll", model_id), NLL_SCHEMA, columns)
+
+    def _nll_files(self, model_id: str) -> list[tuple[Entry, Path]]:
+        paths = self.part_files("nll", model_id)
+        return list(zip(self._ledger.select("nll", model_id), paths, strict=True))
+
+
+def _ids_in(path: Path) -> pa.ChunkedArray:
+    return pq.read_table(path, columns=["example_id"])["example_id"]

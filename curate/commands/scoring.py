@@ -33,13 +33,17 @@ from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_j
 @click.option("--max-bad", type=click.FloatRange(0, 1), default=0.0, show_default=True,
               help="Share of unreadable rows to put aside instead of stopping.")
 @click.option("--max-failures", type=click.FloatRange(0, 1), default=0.01, show_default=True,
-              help="Share of rows without a finite score above which the exit code is 8.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.")
-@click.option("--sample", type=click.IntRange(min=1), help="A random sample of so many rows, decided by content.")
+              help="Share of the rows that can be scored (not those too long or without an answer) that may come out "
+                   "without a finite number; as soon as more have, scoring stops with exit code 8.")
+@click.option("--retry-failed", is_flag=True, help="Score the chunks with rows that gave no finite number again; what "
+                                                  "was stored of them is put aside.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first rows of each corpus; no row after is read.")
+@click.option("--sample", type=click.IntRange(min=1), help="A random sample of so many rows of each corpus, decided by "
+                                                          "content.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sample.")
 @engine_options
-@click.option("--shard", metavar="I/N", help="Only the I-th of N shares of the work, I from 1: for schedulers. The "
-                                            "shares together give what one run gives.")
+@click.option("--shard", metavar="I/N", help="Only the I-th of N shares of the work, I from 1: for schedulers. Shares "
+                                            "are dealt out by chance; together they give what one run gives.")
 @click.option("--ray", metavar="auto|ADDRESS", help="Compute on the Ray cluster at this address; auto: the one that "
                                                    "runs here. The store is still read and written here.")
 @click.option("--ray-cpus", type=click.IntRange(min=1), default=1, show_default=True,
@@ -112,7 +116,7 @@ def status(store: Path | str, as_json: bool) -> None:
     if as_json:
         emit_json(found.as_json())
         return
-    click.echo(columns([[m.name, m.role, str(m.scored), str(m.left)] for m in found.models],
+    click.echo(columns([[m.name, m.role, str(m.scored), "-" if m.left is None else str(m.left)] for m in found.models],
                        ("model", "role", "scored", "left")))
     for line in lines(found):
         click.echo(safe(line))

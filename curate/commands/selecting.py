@@ -21,7 +21,7 @@ from curate.options import STORE, eps_option, json_option, members_option, store
 @click.option("--strategy", type=click.Choice(["none", "interleaving", "interleaving+", "interleaving++"]),
               default="interleaving++", show_default=True,
               help="none: the fine-tuning set alone; random; top by s_d; top by s_d without refusals.")
-@click.option("--corpus", help="Which corpus of the store, where there are several.")
+@click.option("--corpus", metavar="NAME|PATH", help="Which corpus of the store, where there are several.")
 @eps_option
 @members_option
 @click.option("--min-answer-tokens", type=click.IntRange(min=1), default=1, show_default=True,

@@ -108,8 +108,8 @@ def local_path(source: Source, root: Path) -> Path:
 
 
 def read_source(source: Source, root: Path, reading: Reading | None = None, max_bad: float = 0.0,
-                rejects: Path | None = None) -> Iterator[Example]:
-    """Yield the examples of a source in its own order, counting into ``reading``.
+                rejects: Path | None = None, limit: int | None = None) -> Iterator[Example]:
+    """Yield the examples of a source in its own order, all or the first ``limit``, counting into ``reading``.
 
     A row that is no example ends the reading with a ``UserError`` (bad data) that names line and byte; with
     ``max_bad`` > 0 up to that share of rows is let through the net, and written to ``rejects`` as JSON Lines.
@@ -133,6 +133,8 @@ def read_source(source: Source, root: Path, reading: Reading | None = None, max_
             continue
         reading.n_examples += 1
         yield example
+        if reading.n_examples == limit:
+            break
     _judge_rejects(source, reading, max_bad, rejects)
 
 

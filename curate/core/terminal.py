@@ -136,7 +136,7 @@ def quiet_libraries() -> None:
 class Progress:
     """Counts work: a bar with rate and ETA on a terminal, a plain line every 30 s elsewhere."""
 
-    def __init__(self, label: str, total: float, unit: str) -> None:
+    def __init__(self, label: str, total: float | None, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0.0
         self.note = ""
@@ -161,6 +161,8 @@ class Progress:
 
     def line(self) -> str:
         """Return the state in one line."""
+        if self.total is None:
+            return f"{self.label}: {self.done:,.0f} {self.unit}, {self.rate()} {self.note}".rstrip()
         spent = time.monotonic() - self.started
         left = spent * (self.total - self.done) / self.done if self.done else 0.0
         share = self.done / self.total if self.total else 1.0
@@ -169,8 +171,8 @@ class Progress:
 
 
 @contextmanager
-def progress(label: str, total: float, unit: str) -> Iterator[Progress]:
-    """Show progress for the length of a ``with`` block and one closing line after it."""
+def progress(label: str, total: float | None, unit: str) -> Iterator[Progress]:
+    """Show progress for the length of a ``with`` block and one closing line after it; ``total`` may be unknown."""
     state = Progress(label, total, unit)
     if not sys.stderr.isatty() or processes.rank():
         yield state

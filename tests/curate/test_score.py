@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import curate.chunks as chunks
+import curate.compact as compaction
 import curate.score as scoring
-from curate.chunks import Chunk, Shard, Work, encoded_ahead
+from curate.chunks import Chunk, Here, Shard, Work, cuts, encoded_ahead
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
@@ -20,9 +23,12 @@ from curate.core.model import load
 from curate.core.nll import AnswerNll
 from curate.core.terminal import Progress
 from curate.corpora import open_corpus
+from curate.estimate import estimate
 from curate.query import connect
+from curate.records import told_apart
 from curate.score import Sampling, ScoreJob, ensemble_members, score
-from curate.select import Choice, build_manifest
+from curate.select import Choice, build_manifest, planned_corpus
+from curate.status import status
 from curate.store import Store
 from tests.curate.runs import tiny_ensemble, tiny_run
 from tests.fakes import tiny_model, tiny_rows, tiny_tokenizer, write_rows
@@ -53,6 +59,19 @@ def job(tmp_path: Path, model: Path, ensemble: Path | None, rows: int = 29, **ch
     fields = {"corpora": [open_corpus(str(path))], "store": tmp_path / "scores", "aligned": str(model),
               "members": members, "dtype": "float32", "device": "cpu", "max_tokens": 400}
     return ScoreJob(**(fields | changes))
+
+
+class Fake(Here):
+    """Gives each row 1 nat a token and those of ``bad`` no number, without a model; keeps what it was asked for."""
+
+    def __init__(self, *bad: str) -> None:
+        self.bad, self.chunks = bad, list[Chunk]()
+
+    def results(self, work: Work) -> Iterator[tuple[Chunk, list[AnswerNll]]]:
+        for chunk in work.chunks:
+            self.chunks.append(chunk)
+            yield chunk, [AnswerNll(math.nan, n, None, "nonfinite") if i in self.bad else
+                          AnswerNll(float(n), n, None, "ok") for i, n in zip(chunk.ids, chunk.lengths)]
 
 
 def manifest(tmp_path: Path, n: int = 7) -> bytes:
@@ -160,11 +179,12 @@ def test_nonfinite_numbers_are_a_status_and_too_many_stop(tmp_path: Path, model:
     with pytest.raises(UserError, match="gave no finite number") as err:
         score(job(tmp_path, model, None, members=[broken]))
     assert err.value.exit_code == Exit.FAILURE_RATE
+    assert f"curate sql --store {tmp_path / 'scores'} " in err.value.hint and "--retry-failed" in err.value.hint
     counted = connect(Store.open_read(tmp_path / "scores"), 0.1, None).execute(
-        "SELECT status, count(*) FROM scores GROUP BY 1").fetchall()
-    assert counted == [("nonfinite", 29)]
-    summary = score(job(tmp_path, model, None, members=[broken], max_failures=1.0))
-    assert +summary.counts == {"nonfinite": 29}
+        "SELECT status, count(*) FROM scores GROUP BY 1 ORDER BY 1").fetchall()
+    assert counted == [("missing", 24), ("nonfinite", 5)], "it stopped after a chunk"
+    summary = score(job(tmp_path, model, None, members=[broken], max_failures=1.0, store=tmp_path / "lenient"))
+    assert summary.counts == {"nonfinite": 29} and summary.models == {"tiny": 29, "nan": 29}
 
 
 def test_another_base_or_tokenizer_is_refused_before_any_model_is_loaded(
@@ -252,7 +272,146 @@ def test_every_chunk_is_in_exactly_one_shard() -> None:
     assert Shard.parse("2/7") == Shard(2, 7)
 
 
+def test_a_share_may_be_empty_and_that_is_said(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (1, 2):
+        score(job(tmp_path, model, None, rows=3, store=tmp_path / f"s{number}", shard=Shard(number, 2)), Fake())
+    assert capsys.readouterr().err.count("Nothing falls to shard") == 1
+
+
 @pytest.mark.parametrize("text", ["0/4", "5/4", "4", "1/", "-1/4", "1/4/2", "a/b"])
 def test_a_shard_is_a_number_of_a_number(text: str) -> None:
     with pytest.raises(UserError, match="form i/n"):
         Shard.parse(text)
+
+
+# Several corpora in one store
+
+
+def corpora(tmp_path: Path, **rows: list) -> dict[str, object]:
+    for name, some in rows.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_rows(tmp_path / name / "pool.jsonl", some)
+    return {name: open_corpus(str(tmp_path / name / "pool.jsonl")) for name in rows}
+
+
+@pytest.mark.parametrize("order", ["xy", "yx"])
+def test_corpora_of_one_name_that_share_rows_are_each_whole(tmp_path: Path, model: Path, order: str) -> None:
+    shared = tiny_rows(7, "x")
+    read = corpora(tmp_path, x=shared, y=[*tiny_rows(5, "y"), *shared[:3]])
+    asked = job(tmp_path, model, None, corpora=[read[name] for name in order])
+    summary = score(asked, Fake())
+    assert summary.counts == {"ok": 12, "duplicate": 3} and summary.n_rows == 15
+    score(asked, Fake())
+    store = Store.open_read(tmp_path / "scores")
+    assert [c.label for c in store.plan.corpora] == [f"{name}/pool.jsonl" for name in order]
+    for name, n in (("x", 7), ("y", 8)):
+        planned = planned_corpus(store, f"{name}/pool.jsonl")
+        found = connect(store, 0.1, None).execute("SELECT count(*) FROM corpora WHERE key = ?", [planned.key])
+        assert planned.n_rows == n and found.fetchone() == (n,)
+    with pytest.raises(UserError, match=r"several corpora: ./pool\.jsonl .*; ./pool\.jsonl "):
+        planned_corpus(store, None)
+
+
+def test_corpora_that_come_later_leave_earlier_ones_and_their_failures_alone(tmp_path: Path, model: Path) -> None:
+    read = corpora(tmp_path, x=tiny_rows(7, "x"), y=tiny_rows(5, "y"))
+    bad = [row.id for row in tiny_rows(7, "x")[:6]]
+    score(job(tmp_path, model, None, corpora=[read["x"]], max_failures=1.0), Fake(*bad))
+    summary = score(job(tmp_path, model, None, corpora=[read["y"]]), Fake())
+    assert summary.counts == {"ok": 5} and summary.models == {"tiny": 5}
+    read = corpora(tmp_path, y=tiny_rows(6, "y"))
+    score(job(tmp_path, model, None, corpora=[read["y"]]), Fake())
+    store = Store.open_read(tmp_path / "scores")
+    assert [(c.label, c.n_rows) for c in store.plan.corpora] == [("pool.jsonl", 7), ("y/pool.jsonl", 6)]
+    assert planned_corpus(store, "pool.jsonl") == planned_corpus(store, "x/pool.jsonl") == store.plan.corpora[0]
+    assert planned_corpus(store, str(tmp_path / "y" / "pool.jsonl")) == store.plan.corpora[1]
+
+
+@pytest.mark.parametrize(("place", "others", "label"), [
+    ("/a/x/pool.jsonl", [], "pool.jsonl"), ("/a/x/pool.jsonl", ["/a/y/pool.jsonl"], "x/pool.jsonl"),
+    ("/a/x/pool.jsonl", ["/b/x/pool.jsonl", "pool.jsonl"], "a/x/pool.jsonl"), ("/p", ["/p", "/a/p"], "/p"),
+    ("s3://b/pool.jsonl", ["/c/pool.jsonl"], "b/pool.jsonl"), ("/a/pool.jsonl", ["/a/whirlpool.jsonl"], "pool.jsonl")])
+def test_the_shortest_tail_tells_places_apart(place: str, others: list[str], label: str) -> None:
+    assert told_apart(place, others) == label
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (b"", "of 0 rows read, 0 were filtered out and 0 rejected"), (b'{"prompt": 7}\n', "of 1 rows read, .* and 1 rej")])
+def test_a_corpus_without_a_row_is_bad_data(tmp_path: Path, model: Path, data: bytes, said: str) -> None:
+    (tmp_path / "pool.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=f"pool.jsonl holds no row to score: {said}") as err:
+        score(job(tmp_path, model, None, max_bad=1.0), Fake())
+    assert err.value.exit_code == Exit.BAD_DATA
+
+
+# Less than everything, and again
+
+
+def test_a_limit_bounds_reading_and_computing(tmp_path: Path, model: Path, ensemble: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    class Stopped(Here):
+        def results(self, work: Work) -> Iterator[tuple[Chunk, list[AnswerNll]]]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(job(tmp_path, model, ensemble), Stopped())
+    assert [m.left for m in status(tmp_path / "scores").models] == [29] * 3
+    path = tmp_path / "pool.jsonl"
+    path.write_bytes(path.read_bytes() + b"no JSON")
+    few, fake = job(tmp_path, model, None, sampling=Sampling(limit=2)), Fake()
+    wanted = {row.id for row in tiny_rows(29, "pool")[:2]}
+    whole = [ids for ids, _ in cuts(Store.open_read(tmp_path / "scores"))]
+    n_whole = sum(len(ids) for ids in whole if wanted & {*ids})
+    assert estimate(few).to_compute == {"tiny": n_whole}
+    summary = score(few, fake)
+    assert {chunk.ids for chunk in fake.chunks} == {ids for ids in whole if wanted & {*ids}} and n_whole <= 10
+    assert summary.counts == {"ok": 2} and summary.n_rows == 2 and summary.models == {"tiny": n_whole}
+    assert f"{n_whole - 2} more rows of the store come along" in capsys.readouterr().err
+    assert [(m.name, m.left) for m in status(tmp_path / "scores").models] == [("tiny", 0), ("m0", None), ("m1", None)]
+
+
+def test_limit_and_sample_are_two_ways() -> None:
+    with pytest.raises(UserError, match="--limit and --sample were both given"):
+        Sampling(limit=3, sample=8)
+
+
+def test_scoring_stops_as_soon_as_too_many_rows_have_failed(tmp_path: Path, model: Path) -> None:
+    whole = score(job(tmp_path, model, None, store=tmp_path / "all"), fake := Fake())
+    assert whole.counts == {"ok": 29}
+    bad = [chunk.ids[0] for chunk in fake.chunks]
+    with pytest.raises(UserError, match=r"3 rows \(10.3%\) gave no finite number") as err:
+        score(job(tmp_path, model, None, max_failures=0.1), fake := Fake(*bad))
+    assert err.value.exit_code == Exit.FAILURE_RATE and len(fake.chunks) == 3
+    with pytest.raises(UserError, match="3 rows"):
+        score(job(tmp_path, model, None, max_failures=0.1), fake := Fake())
+    assert fake.chunks == []
+    assert score(job(tmp_path, model, None, max_failures=0.11), Fake()).counts == {"ok": 26, "nonfinite": 3}
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_what_failed_once_can_be_scored_again(tmp_path: Path, model: Path, compacted: bool,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    score(job(tmp_path, model, None, store=tmp_path / "clean"), clean := Fake())
+    score(job(tmp_path, model, None, max_failures=1.0), Fake(clean.chunks[1].ids[2], clean.chunks[4].ids[0]))
+    if compacted:
+        monkeypatch.setattr(compaction, "FEWEST", 2)
+        compaction.compact(tmp_path / "scores")
+    fake = Fake()
+    assert score(job(tmp_path, model, None, max_failures=1.0), fake).counts["nonfinite"] == 2
+    assert fake.chunks == [] and estimate(job(tmp_path, model, None, retry_failed=True)).to_compute == {"tiny": 10}
+    summary = score(job(tmp_path, model, None, retry_failed=True), fake)
+    assert fake.chunks == [clean.chunks[1], clean.chunks[4]] and summary.counts == {"ok": 29}
+    store, undisturbed = (Store.open_read(tmp_path / name) for name in ("scores", "clean"))
+    assert Store.audit(tmp_path / "scores")[0] == [] and store.n_scored(store.header.aligned.id) == 29
+    assert compacted or store.evidence_digest() == undisturbed.evidence_digest()
+    assert len(list((tmp_path / "scores" / "quarantine").glob("nll-*.parquet"))) == (1 if compacted else 2)
+
+
+def test_reading_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "SHOWN_EVERY", 4)
+    corpus = open_corpus(str(write_rows(tmp_path / "pool.jsonl", tiny_rows(29, "pool"))))
+    assert [scoring._n_rows(corpus, limit) for limit in (None, 7, 99)] == [29, 7, 29]
+    reading, bar, seen = scoring.Reading(), Progress("Reading", None, "rows"), []
+    for _ in scoring._watched(scoring.read_source(corpus.source, corpus.folder, reading), reading, bar):
+        seen.append(bar.done)
+    assert sorted({*seen}) == [0, 4, 8, 12, 16, 20, 24, 28] and bar.done == 29
+    assert bar.line().startswith("Reading: 29 rows, ")

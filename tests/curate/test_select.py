@@ -14,7 +14,7 @@ from curate.core.files import sha256
 from curate.core.sources import builtin
 from curate.query import connect
 from curate.records import Plan, PlannedCorpus
-from curate.select import Choice, build_manifest, placed, select, wanted
+from curate.select import Choice, build_manifest, placed, planned_corpus, select, wanted
 from curate.store import Store
 from tests.curate.evidence import BASE, KEY, MEDICAL, SOURCE, example_ids, examples, header, model, nll
 
@@ -65,6 +65,18 @@ def test_counts_add_up(store: Store) -> None:
     for strategy in ("interleaving", "interleaving+", "interleaving++"):
         _, counts, _ = chosen(store, strategy=strategy, min_answer_tokens=2)
         assert sum(v for k, v in counts.items() if k != "corpus") == counts["corpus"] == 9
+
+
+def test_corpora_with_equal_labels_are_refused_not_lost(store: Store, tmp_path: Path) -> None:
+    planned = store.plan.corpora[0]
+    twin = planned.model_copy(update={"key": "0" * 24, "label": "demo"})
+    for corpora, said in (((planned, twin), "several corpora called 'demo'"), ((), "Unknown corpus")):
+        with Store.create_or_open(tmp_path / "store", header()) as made:
+            made.put_plan(store.plan.model_copy(update={"corpora": corpora}))
+        with pytest.raises(UserError, match=said):
+            planned_corpus(Store.open_read(tmp_path / "store"), "demo")
+    with pytest.raises(UserError, match="holds no corpus"):
+        planned_corpus(Store.open_read(tmp_path / "store"), None)
 
 
 def test_random_needs_no_scores_and_follows_the_seed(store: Store) -> None:

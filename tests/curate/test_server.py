@@ -240,11 +240,14 @@ def test_a_row_without_numbers_gets_a_status(tmp_path: Path, model: Path, stub: 
     stub.twist = spoil
     odd = sum(len(item.ids) % 2 for item in encode(stub.tokenizer, tiny_rows(N_ROWS, "pool"), 400))
     assert 0 < odd < N_ROWS
-    with pytest.raises(UserError, match=f"{odd} rows") as err:
+    with pytest.raises(UserError, match="gave no finite number") as err:
         run(tmp_path, model, None, settings(stub))
     assert err.value.exit_code == Exit.FAILURE_RATE
     summary = run(tmp_path, model, None, settings(stub), max_failures=1.0)
     assert summary.counts == {"ok": N_ROWS - odd, "nonfinite": odd}
+    stub.twist = lambda choice, body: None
+    assert run(tmp_path, model, None, settings(stub), retry_failed=True).counts == {"ok": N_ROWS}
+    assert stored(tmp_path) == expected(model, {"tiny": ALIGNED})
 
 
 def test_an_answer_about_other_ids_ends_the_run(tmp_path: Path, model: Path, stub: Stub) -> None:

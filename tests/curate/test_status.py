@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from curate.cli import main
 from curate.core.errors import UserError
 from curate.core.files import canonical_json
+from curate.records import Plan
 from curate.status import WINDOW_S, lines, rows_per_second, status
 from curate.store import Store
 from tests.curate.evidence import BASE, MEDICAL, example_ids, examples, fill, header, model, nll
@@ -46,6 +47,8 @@ def test_a_store_is_seen_while_it_is_written(tmp_path: Path) -> None:
         rows = json.loads(times[1].read_bytes())["rows"]
         assert found.rows == 4 and found.rows_per_s == rows / 4 and found.eta_s == 5 / (rows / 4)
         assert found.writer == {**json.loads((path / "lock").read_text()), "alive": True}
+        store.put_plan(Plan(corpora=(), models={BASE.id: 4}, n_rows=5, counts={}))
+        assert [m.left for m in status(path).models] == [1, None], "the latest scoring leaves a member out"
         said = "\n".join(lines(found, now=(found.last_write or 0) + 61))
         assert "4 rows can be scored" in said and "Last write 61 s ago" in said and f"process {os.getpid()}" in said
     assert status(path).writer is None and "Nobody is writing" in "\n".join(lines(status(path)))

@@ -326,6 +326,9 @@ def test_spoilt_documents_are_put_aside_and_written_anew(tmp_path: Path, whole: 
     assert [f.path for f in Store.audit(path)[0]] == [f"models/{MEDICAL.id}.json", "plan.json"]
     assert sorted(fill(path)) == [f"models/{MEDICAL.id}.json", "plan.json"]
     assert Store.audit(path)[0] == []
+    older = type("Older", (Plan,), {"VERSION": 1})
+    (path / "plan.json").write_bytes(older(corpora=(), n_rows=0, counts={}).to_bytes())
+    assert refusal(lambda: Store.open_read(path).plan).exit_code == Exit.INCOMPATIBLE and fill(path) == ["plan.json"]
     (path / "store.json").write_bytes(b"{")
     assert refusal(lambda: Store.create_or_open(path, header())).exit_code == Exit.INTEGRITY
     assert [f.path for f in Store.audit(path)[0]] == ["store.json"]
