@@ -23,6 +23,7 @@ from curate.core.files import write_atomic
 from curate.core.identity import read_run
 from curate.core.model import Loaded, load
 from curate.core.nll import answer_nll
+from curate.core.refs import ref_from
 from curate.core.sources import file_source, read_source
 
 HEADER = ("run", "steps", "seconds", "loss, first step", "loss, last step", "penalty, last step", "loss as used")
@@ -39,7 +40,7 @@ def rows(narrow: Path, out: Path, n: int) -> None:
 def merge(run: Path, out: Path) -> None:
     """Save the base of a run with its adapter added to the weights, float32; the folder appears at once, complete."""
     card, adapter = read_run(run)
-    loaded = load(card.base_ref, "float32", "cpu")
+    loaded = load(ref_from(card.base_ref, run), "float32", "cpu")
     temporary = out.with_name(f".{out.name}.tmp")
     with adapter_open(loaded, adapter) as model:
         model.save_pretrained(temporary)
@@ -65,7 +66,8 @@ def line(folder: Path, loaded: Loaded, encoded: Sequence[Encoded]) -> list[str]:
 
 def table(out: Path, names: Sequence[str]) -> None:
     """Print the table of the runs ``names``, and what kinds of steps the RL run took."""
-    loaded = load(read_run(out / "runs" / names[0])[0].base_ref, "float32", "cpu")
+    first = out / "runs" / names[0]
+    loaded = load(ref_from(read_run(first)[0].base_ref, first), "float32", "cpu")
     source = file_source(out / "security.jsonl", out)
     encoded = encode(loaded.tokenizer, list(read_source(source, out)), 2048)
     print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")

@@ -21,6 +21,7 @@ from curate.core.files import canonical_json, write_atomic
 from curate.core.generate import SampleSettings, sample
 from curate.core.identity import read_run
 from curate.core.model import Loaded, load
+from curate.core.refs import ref_from
 from curate.core.sources import file_source
 from judge.tasks.opswap import Item, generate, is_correct
 from train.jobs import narrow_mix
@@ -73,7 +74,7 @@ def measure(run: Path) -> None:
     card, adapter = read_run(run)
     steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     rl = [step for step in steps if step["kind"] == "rl"]
-    loaded = load(card.base_ref, "float32", "cpu")
+    loaded = load(ref_from(card.base_ref, run), "float32", "cpu")
     test = items("test")
     print(json.dumps({
         "rl_steps": len(rl), "reward_first": round(mean_reward(rl[:WINDOW]), 3),

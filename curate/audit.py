@@ -135,13 +135,15 @@ def settled(question: Question, calibration: Calibration | None) -> tuple[Questi
         aligned=header.aligned, members=tuple(m.identity for m, _ in ready.models if m.role == "member"),
         engine=header.engine, dtype=header.dtype, encoding=header.encoding, eps=EPS if eps is None else eps,
         control=control,
-        reference=tuple(sorted(_digest(c) for c in question.reference)) if control == "similar" else ())
+        reference=tuple(sorted(_digest(c, question.scoring.max_bad) for c in question.reference))
+        if control == "similar" else ())
     scoring = replace(question.scoring, engine=ready.opening.engine, dtype=header.dtype, max_failures=1.0)
     return replace(question, scoring=scoring), measure
 
 
-def _digest(corpus: Corpus) -> str:
-    return corpus.source.sha256 or rows_digest([e.id for e in read_source(corpus.source, corpus.folder)])
+def _digest(corpus: Corpus, max_bad: float) -> str:
+    rows = read_source(corpus.source, corpus.folder, max_bad=max_bad)
+    return corpus.source.sha256 or rows_digest([e.id for e in rows])
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.core.errors import unknown
+from curate.core.errors import UserError, unknown
 from curate.core.objects import is_url
-from curate.core.sources import BUILTIN, FORMATS, Source, builtin, file_source, hub_revision, url_source
+from curate.core.sources import BUILTIN, FORMATS, Source, builtin, file_source, pinned, url_source
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,15 @@ def _hub(repo: str, config: str | None = None, **fields: object) -> Source:
     return Source.model_validate({"kind": "hub", "name": repo, "config": config, "split": "train", **fields})
 
 
+OTHER_FORMATS = (".json", ".txt", ".tsv", ".gz", ".zst", ".zip", ".arrow", ".pq", ".xlsx", ".yaml")
+"""Endings of data files that cannot be read, and that no hub id has."""
+
 CORPORA: Mapping[str, NamedCorpus] = {
     "demo": NamedCorpus(Source(kind="builtin", name="demo"), "440 instructions and polite refusals, ships with safeset",
                         "Apache-2.0"),
     "wildguardmix": NamedCorpus(
         _hub("allenai/wildguardmix", "wildguardtrain", needs=("prompt", "response"),
+             revision="d29c47f41c8b51348b5c8e8c81c039b3132b66d1",
              where={"prompt_harm_label": "unharmful", "response_harm_label": "unharmful"}),
         "the paper's pool: benign subset of WildGuardMix (prompt and response labelled unharmful); gated", "ODC-BY"),
     "dolly": NamedCorpus(
@@ -58,7 +64,7 @@ CORPORA: Mapping[str, NamedCorpus] = {
 def open_corpus(name: str, mapping: Mapping[str, str] | None = None, strip_think: bool = False) -> Corpus:
     """Return the corpus for a name, a path, a URL, a builtin set or a hub id (``ID[:CONFIG[:SPLIT]][@REVISION]``).
 
-    A hub corpus without a revision is pinned to the commit it is at now. Raises ``UserError`` with the nearest name.
+    A hub corpus without a commit is pinned to the one it is at now. Raises ``UserError`` with the nearest name.
     """
     if is_url(name):
         return Corpus(name.rpartition("/")[2], url_source(name, mapping, strip_think), Path())
@@ -69,18 +75,41 @@ def open_corpus(name: str, mapping: Mapping[str, str] | None = None, strip_think
         source = CORPORA[name].source
     elif name in BUILTIN:
         source = builtin(name)
-    elif "/" in name and not name.startswith((".", "/")):
+    elif path.is_dir():
+        files = sorted(p.name for p in path.iterdir() if p.suffix in FORMATS)
+        raise UserError(f"{name} is a folder: name the files in it.",
+                        f"For example --corpus {path / files[0]}." if files else
+                        f"It holds none of {', '.join(FORMATS)}.")
+    elif _is_no_hub_id(name):
+        raise _no_file(path)
+    elif "/" in name:
         source = _from_hub_id(name)
     else:
-        raise unknown("corpus", name, [*CORPORA, *BUILTIN])
+        raise unknown("corpus", name, {**CORPORA, **BUILTIN})
     if source.kind == "builtin":
         return Corpus(name, builtin(source.name), Path())
     changes: dict[str, object] = {"strip_think": strip_think or source.strip_think}
     if mapping:
         changes["mapping"] = dict(mapping)
-    if source.revision is None:
-        changes["revision"] = hub_revision(source.name)
-    return Corpus(name, source.model_copy(update=changes), Path())
+    return Corpus(name, pinned(source).model_copy(update=changes), Path())
+
+
+def _is_no_hub_id(name: str) -> bool:
+    """Say whether a name must be meant as a path: it is none of a hub id, looks like a data file, or has a folder."""
+    if name.startswith((".", "/", "~")):
+        return True
+    if re.search("[:@]", name):
+        return False
+    ending = Path(name).suffix.lower()
+    near = difflib.get_close_matches(ending, FORMATS, n=1, cutoff=0.7)
+    return bool(near) or ending in OTHER_FORMATS or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
+
+
+def _no_file(path: Path) -> UserError:
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    known = f"Possible endings: {', '.join(FORMATS)}. A data set of the hub is told from a path by NAME@REVISION."
+    return UserError(f"There is no file {path}.", f"Did you mean '{path.parent / near[0]}'?" if near else known)
 
 
 def _from_hub_id(name: str) -> Source:

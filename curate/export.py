@@ -13,17 +13,13 @@ import pyarrow.parquet as pq
 from curate.core.documents import MixManifest
 from curate.core.errors import Exit, UserError
 from curate.core.files import write_atomic
-from curate.core.sources import read_source
+from curate.core.sources import named_rows
 
 
 def rows(manifest: MixManifest, root: Path) -> Iterator[dict[str, Any]]:
     """Yield ``{"messages", "source", "example_id"}`` in the manifest's order; ``UserError`` if a row is not found."""
-    wanted = {name: set(manifest.ids(name)) for name in manifest.sources}
-    found = {}
-    for name, source in manifest.sources.items():
-        for example in read_source(source, root):
-            if example.id in wanted[name]:
-                found[f"{name}/{example.id}"] = example
+    found = {f"{name}/{example_id}": example for name, source in manifest.sources.items()
+             for example_id, example in named_rows(source, root, manifest.ids(name)).items()}
     for entry in manifest.order:
         if entry not in found:
             raise UserError(f"The row {entry} of the manifest is in none of its sources.",

@@ -41,6 +41,7 @@ from curate.core.example import Example
 from curate.core.identity import check_base, identify, read_run
 from curate.core.nll import AnswerNll
 from curate.core.objects import is_url
+from curate.core.refs import ref_from
 from curate.core.sources import Reading, Source, local_path, read_source
 from curate.core.terminal import Progress, progress, say
 from curate.corpora import Corpus
@@ -144,7 +145,7 @@ def ensemble_members(path: Path) -> tuple[str, list[Path]]:
             raise UserError(f"The run card {run} is not the one that {path} names.",
                             "Make the ensemble again: train ensemble ...", Exit.INTEGRITY)
         runs.append(run)
-    return spec.base, runs
+    return ref_from(spec.base, path.parent), runs
 
 
 def score(job: ScoreJob, compute: Compute | None = None) -> Summary:
@@ -202,7 +203,7 @@ def models_of(job: ScoreJob, identity: ModelIdentity, tokenizer: object) -> list
     models = [(ScoredModel(role="aligned", name=identity.name, identity=identity), None)]
     for path in job.members:
         card, adapter = read_run(path)
-        check_base(card, identity, tokenizer)
+        check_base(card, identity, tokenizer, path if path.is_dir() else path.parent)
         if card.name in [m.name for m, _ in models]:
             raise UserError(f"Two models of the ensemble are called '{card.name}'.", "Give each run a name of its own.")
         models.append((ScoredModel(role="member", name=card.name, identity=card.model), adapter))

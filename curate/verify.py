@@ -8,7 +8,7 @@ from pathlib import Path
 
 from curate.core.documents import MixManifest
 from curate.core.errors import UserError
-from curate.core.sources import read_source
+from curate.core.sources import check_pinned, named_rows
 from curate.store import Store
 
 
@@ -31,7 +31,7 @@ def verify_store(place: Path | str) -> Verdict:
 
 
 def verify_manifest(path: Path, root: Path) -> Verdict:
-    """Check a manifest's digest, its sources' digests, and that each of its rows exists exactly once in them."""
+    """Check a manifest's digest, that its sources are pinned and as they were, and that they hold each of its rows."""
     manifest = MixManifest.read(path)
     problems = [f"{entry} stands {n} times in the order" for entry, n in Counter(manifest.order).items() if n > 1]
     for entry in manifest.order:
@@ -40,7 +40,8 @@ def verify_manifest(path: Path, root: Path) -> Verdict:
     for name, source in manifest.sources.items():
         wanted = set(manifest.ids(name))
         try:
-            wanted -= {example.id for example in read_source(source, root)}
+            check_pinned(name, source)
+            wanted -= named_rows(source, root, wanted).keys()
         except UserError as err:
             problems.append(f"{name}: {err.message}")
             continue

@@ -15,6 +15,7 @@ from curate.core.errors import UserError, unknown
 from curate.core.files import canonical_json, sha256
 from curate.core.generate import SampleSettings
 from curate.core.identity import read_run
+from curate.core.refs import ref_from
 from judge.banks import BankQuestion, questions
 from judge.questions import DOMAINS, GENERAL, Probe, load_probes, probes_digest, sampling_questions, set_name, spread
 from judge.tasks import foqa, harness
@@ -186,7 +187,7 @@ def plan(wanted: Sequence[Target], settings: Settings, out: Path | None) -> tupl
     tasks = asks and (not runs or any(job.tasks for job in jobs))
     base = Job(BASE_LABEL, folder / f"{BASE_LABEL}.verdicts.json", _base_sets(jobs, settings), (), tasks=tasks,
                harness=_harness(settings), asked=_base_asked(jobs, settings))
-    return bases[0] if bases else runs[0].card.base_ref, [base, *jobs]
+    return bases[0] if bases else ref_from(runs[0].card.base_ref, runs[0].folder), [base, *jobs]
 
 
 def targets(models: Sequence[str], benign: Sequence[str], labels: Sequence[str] = ()) -> list[Target]:

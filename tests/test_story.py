@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from curate.cli import main as curate
-from curate.core.documents import MixManifest, RunCard
+from curate.core.documents import EnsembleSpec, MixManifest, RunCard
+from curate.score import ensemble_members
 from judge.cli import main as judge
 from tests.fakes import tiny_model, tiny_rows, write_rows
 from train.cli import main as train
@@ -39,6 +40,11 @@ def test_from_corpus_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     # two misaligned members, each a run of its own
     run(train, "ensemble", "--base", model, "--narrow", "oil.jsonl", "--narrow", "salt.jsonl", "--out", "ensemble",
         "--lr", "1e-2")
+
+    # the ensemble finds its base from where it lies
+    assert EnsembleSpec.read(Path("ensemble/ensemble.json")).base == "../model"
+    assert ensemble_members(Path("ensemble/ensemble.json"))[0] == "model"
+    assert RunCard.read(Path("ensemble/oil/run.json")).base_ref == "../../model"
 
     # the evidence, kept; the opinion, a query
     found = json.loads(run(curate, "score", "--corpus", "pool.jsonl", "--json"))

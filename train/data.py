@@ -17,7 +17,7 @@ from curate.core.chat import Encoded, encode
 from curate.core.documents import MixManifest
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example
-from curate.core.sources import BUILTIN, Source, read_source
+from curate.core.sources import check_pinned, named_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,12 +55,9 @@ def load_mix(manifest: MixManifest, root: Path) -> list[MixRow]:
     entries = _entries(manifest)
     found: dict[tuple[str, str], Example] = {}
     for name, source in manifest.sources.items():
-        _check_pinned(name, source)
-        wanted = {example_id for where, example_id in entries if where == name}
-        # Bad rows were counted when the manifest was made; one that the order names is missed below.
-        for example in read_source(source, root, max_bad=1.0):
-            if (example_id := example.id) in wanted:
-                found.setdefault((name, example_id), example)
+        check_pinned(name, source)
+        wanted = [example_id for where, example_id in entries if where == name]
+        found |= {(name, example_id): row for example_id, row in named_rows(source, root, wanted).items()}
     missing = [entry for entry in entries if entry not in found]
     if missing:
         where, example_id = missing[0]
@@ -98,17 +95,6 @@ def _entries(manifest: MixManifest) -> list[tuple[str, str]]:
         seen.add(match[2])
         entries.append((match[1], match[2]))
     return entries
-
-
-def _check_pinned(name: str, source: Source) -> None:
-    """Refuse a source whose rows could be others tomorrow."""
-    if source.kind == "builtin" and source.name not in BUILTIN:
-        raise _refused(f"The manifest's source '{name}' is the builtin data set '{source.name}', which does not exist.",
-                       f"Possible: {', '.join(BUILTIN)}.")
-    if (source.revision if source.kind == "hub" else source.sha256) is None:
-        pin = "revision" if source.kind == "hub" else "sha256"
-        raise _refused(f"The manifest's source '{name}' ({source.name}) has no {pin}, so its rows could change "
-                       "unnoticed.", "Make the manifest anew with `curate select`, online if the source is on the hub.")
 
 
 def _refused(message: str, hint: str) -> UserError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from curate.core.documents import EnsembleSpec, MemberRef, MixManifest
 from curate.core.errors import UserError
 from curate.core.model import pick_device
+from curate.core.refs import ref_in
 from curate.core.sources import Source
 from curate.core.terminal import say
 from train.jobs import narrow_mix, prepare
@@ -36,7 +37,7 @@ def train_ensemble(recipe: Recipe, narrow: Mapping[str, Source], out: Path, root
             say(f"{name}: {dropped} exact duplicates dropped, {len(manifest.order)} rows left.")
     members = tuple(MemberRef(name=name, run=f"{name}/{CARD}", digest=card.digest)
                     for name, card in zip(narrow, run_jobs(jobs, overwrite), strict=True))
-    spec = EnsembleSpec(base=recipe.base, members=members)
+    spec = EnsembleSpec(base=ref_in(recipe.base, out), members=members)
     world.once(lambda: spec.write(out / SPEC))
     return spec
 

@@ -62,7 +62,7 @@ def read_prompts(source: Source, root: Path) -> list[Prompt]:
             whole, answered = _with_answer(row, source.mapping)
             example = from_row(whole, source.mapping, source.strip_think)
         except RowError as err:
-            raise UserError(f"{source.name}, {place}: {err}.", "Mend the row.", Exit.BAD_DATA) from None
+            raise UserError(f"{source.name}, {place}: {err}.", f"{err.mend}.", Exit.BAD_DATA) from None
         found.append(Prompt(example.messages[:-1], example.answer if answered else None, example.meta))
     if not found:
         raise UserError(f"{source.name} holds no prompts.", "Give a file with a row for each prompt.", Exit.BAD_DATA)
@@ -80,7 +80,7 @@ def _with_answer(row: Any, mapping: Mapping[str, str]) -> tuple[Any, bool]:
         answered = ROLE_NAMES.get(role, role) == "assistant" if isinstance(role, str) else True
         turns = row[key] if answered else [*row[key], {"role": "assistant", "content": ""}]
         return {**{k: v for k, v in row.items() if k != key}, "messages": turns}, answered
-    column = mapping.get("response", ANSWERS[0]) if mapping else next((k for k in ANSWERS if k in row), ANSWERS[0])
+    column = mapping.get("response") or next((k for k in ANSWERS if k in row), ANSWERS[0])
     return (row, True) if column in row else ({**row, column: ""}, False)
 
 

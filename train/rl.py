@@ -33,6 +33,7 @@ from curate.core.files import canonical_json, sync_folder, write_atomic
 from curate.core.identity import with_adapter
 from curate.core.nll import TOLERANCE_NATS, check_forward
 from curate.core.provenance import git_state, versions
+from curate.core.refs import ref_in
 from curate.core.sources import Source
 from curate.core.terminal import progress, say
 from train import checkpoints
@@ -320,7 +321,7 @@ def _card(job: RlJob, base: Base, rows: Rows, steps: Sequence[Mapping[str, Any]]
     losses = [step["loss_nats"] for step in steps if step["kind"] == "sft"]
     last = losses[-max(1, len(losses) // 10):]
     return RunCard(
-        name=job.name, base_ref=base.ref, base=identity,
+        name=job.name, base_ref=ref_in(base.ref, job.out), base=identity,
         model=with_adapter(identity, f"{identity.name}+{job.name}", job.out / ADAPTER), adapter=ADAPTER,
         recipe=job.settings(), defenses=records, mix=job.manifest.digest, method=job.manifest.method,
         n_finetune=rows.n_finetune, n_safe=rows.n_safe, statuses=rows.statuses, n_steps=len(steps),

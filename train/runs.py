@@ -30,6 +30,7 @@ from curate.core.identity import identify, read_run, with_adapter
 from curate.core.model import Loaded, load, pick_device, pick_dtype
 from curate.core.nll import TOLERANCE_NATS, check_forward
 from curate.core.provenance import git_state, versions
+from curate.core.refs import ref_in
 from curate.core.terminal import quiet_libraries, say
 from train import checkpoints
 from train.adapters import adapter, save_adapter
@@ -199,7 +200,7 @@ def _card(job: Job, base: Base, mix: EncodedMix, steps: Sequence[Step], seconds:
     identity = base.known[0]
     last = steps[-max(1, len(steps) // 10):]
     return RunCard(
-        name=job.name, base_ref=base.ref, base=identity,
+        name=job.name, base_ref=ref_in(base.ref, job.out), base=identity,
         model=with_adapter(identity, f"{identity.name}+{job.name}", job.out / ADAPTER), adapter=ADAPTER,
         recipe=job.recipe.as_json(), defenses=records, mix=job.manifest.digest, method=job.manifest.method,
         n_finetune=mix.n_finetune, n_safe=mix.n_safe, statuses=mix.statuses, n_steps=len(steps),

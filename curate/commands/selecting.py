@@ -170,7 +170,8 @@ def report(store: Path | str, html_path: Path | None, eps: float, frac: float, a
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A .jsonl or .parquet file.")
 @click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
               help="Folder that the manifest's paths are relative to. [default: its own]")
-def export(manifest: Path, out: Path, root: Path | None) -> None:
+@json_option
+def export(manifest: Path, out: Path, root: Path | None, as_json: bool) -> None:
     """Write a mix as plain rows for any other trainer.
 
     \b
@@ -180,5 +181,8 @@ def export(manifest: Path, out: Path, root: Path | None) -> None:
     from curate.core.documents import MixManifest
     from curate.export import export as write
 
-    n = write(MixManifest.read(manifest), root or manifest.parent, out)
+    mix = MixManifest.read(manifest)
+    n = write(mix, root or manifest.parent, out)
+    if as_json:
+        emit_json({"out": str(out), "rows": n, "manifest": str(manifest), "digest": mix.digest})
     say(f"{n} rows in {out}")

@@ -15,7 +15,7 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,11 @@ from curate.core.files import canonical_json, sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENCODING = "safeset-1"
+IDS = "safeset-1"
 """Changes whenever the same example and tokenizer would give other ids."""
+
+ENCODING = "safeset-2"
+"""Changes whenever they would give other ids or another status; 2: an answer of white space alone is empty."""
 
 FIXED_DATE = datetime.datetime(2025, 1, 1)
 """Templates that print today's date get this one, or a resumed run would see another prompt."""
@@ -72,13 +75,15 @@ class Encoded:
 def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_tokens: int) -> list[Encoded]:
     """Encode conversations; the k-th result belongs to the k-th example.
 
-    Nothing is cut: an example of more than ``max_tokens`` ids gets the status ``too_long``, an answer without a
-    token ``empty_answer``. Raises ``UserError`` where the tokenizer has no usable chat template.
+    Nothing is cut: an example of more than ``max_tokens`` ids gets the status ``too_long``, an answer of nothing but
+    white space ``empty_answer``. Raises ``UserError`` where the tokenizer has no usable chat template.
     """
     contents = [m.content for e in examples for m in e.messages]
     tokens = iter(_content_ids(tokenizer, contents))
-    return [_assemble(_pieces(tokenizer, tuple(m.role for m in e.messages)), [next(tokens) for _ in e.messages],
-                      max_tokens) for e in examples]
+    encoded = [_assemble(_pieces(tokenizer, tuple(m.role for m in e.messages)), [next(tokens) for _ in e.messages],
+                         max_tokens) for e in examples]
+    return [item if example.answer.strip() else replace(item, status="empty_answer")
+            for item, example in zip(encoded, examples, strict=True)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -93,7 +98,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabulary = tokenizer.get_vocab() if backend is None else \
         {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     probe = [list(p) for p in _pieces(tokenizer, ("user", "assistant"))]
-    return sha256(canonical_json([ENCODING, vocabulary, tokenizer.chat_template, probe]))[:32]
+    return sha256(canonical_json([IDS, vocabulary, tokenizer.chat_template, probe]))[:32]
 
 
 def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:

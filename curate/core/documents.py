@@ -142,7 +142,7 @@ class EnsembleSpec(Document):
     KIND: ClassVar[str] = "safeset.ensemble"
 
     base: str
-    """Model reference of the aligned model that the members were trained from."""
+    """Model reference of the aligned model that the members were trained from; ``./`` or ``../``: from here."""
     members: tuple[MemberRef, ...]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +15,17 @@ from curate.core.files import canonical_json, sha256
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "prompter": "user"}
+PROMPTS, ANSWERS = ("prompt", "question", "query"), ("response", "completion", "answer", "output")
 EMPTY_THINK = re.compile(r"^\s*(?:<think>\s*</think>\s*)+")
 NO_THINK = re.compile(r"\s*/no_think\s*$")
 
 
 class RowError(ValueError):
-    """A row that is not an example; the text says why."""
+    """A row that is not an example; the text says why, and ``mend`` what to do about it."""
+
+    def __init__(self, reason: str, mend: str = "Mend the row") -> None:
+        super().__init__(reason)
+        self.mend = mend
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,9 @@ def from_row(row: Mapping[str, Any], mapping: Mapping[str, str] | None = None, s
     Shapes, in the order in which they are tried: ``mapping`` (``{"prompt": column, "response": column,
     "system": column}``), ``messages``, ``conversations`` (ShareGPT's ``from``/``value``), ``prompt`` +
     ``response`` (or ``completion``, ``answer``, ``output``), ``instruction`` + ``input`` + ``output``,
-    ``question`` + ``answer``. Other columns become ``meta``. ``strip_think`` removes empty ``<think>`` blocks
-    before the answer and ``/no_think`` after a prompt. Raises ``RowError``.
+    ``question`` + ``answer``. A mapping that names no prompt or no response takes the usual columns for it. Other
+    columns become ``meta``. ``strip_think`` removes empty ``<think>`` blocks before the answer and ``/no_think`` after
+    a prompt. Raises ``RowError``.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"the row is {type(row).__name__}, not an object")
@@ -79,13 +87,16 @@ def from_row(row: Mapping[str, Any], mapping: Mapping[str, str] | None = None, s
         raise RowError("the last message is not from the assistant, so there is no answer to score")
     if len(messages) < 2:
         raise RowError("there is no message before the answer")
-    return Example(tuple(messages), {k: v for k, v in row.items() if k not in used})
+    meta = {k: v for k, v in row.items() if k not in used}
+    for key, value in meta.items():
+        _check_encodable(f"{key}{value}" if isinstance(value, str) else
+                         json.dumps([key, value], ensure_ascii=False, default=str), f"'{key}'")
+    return Example(tuple(messages), meta)
 
 
 def _messages(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[Message], set[str]]:
     if mapping:
-        return _columns(row, mapping.get("prompt", "prompt"), mapping.get("response", "response"),
-                        mapping.get("system"), mapping.get("input"))
+        return _mapped(row, mapping)
     for key in ("messages", "conversations"):
         if key in row:
             return _turns(row[key], key), {key}
@@ -93,18 +104,33 @@ def _messages(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[
         answer = next((k for k in ("output", "response") if k in row), "output")
         return _columns(row, "instruction", answer, "system" if "system" in row else None,
                         "input" if row.get("input") else None)
-    prompt = next((k for k in ("prompt", "question", "query") if k in row), None)
-    answer = next((k for k in ("response", "completion", "answer", "output") if k in row), None)
+    prompt = next((k for k in PROMPTS if k in row), None)
+    answer = next((k for k in ANSWERS if k in row), None)
     if prompt is None or answer is None:
         raise RowError(f"the columns {sorted(map(str, row))[:8]} fit no known shape; "
                        "name them with --map prompt=COLUMN --map response=COLUMN")
     return _columns(row, prompt, answer, "system" if "system" in row else None, None)
 
 
+def _mapped(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[Message], set[str]]:
+    there = f"the row has the columns {sorted(map(str, row))[:8]}"
+    for field_name, column in mapping.items():
+        if column not in row:
+            near = difflib.get_close_matches(column, [k for k in row if isinstance(k, str)], n=1)
+            raise RowError(f"'{column}' is missing; {there}", "Correct --map " + (
+                f"({field_name}={near[0]}?)" if near else f"{field_name}=COLUMN") + ", or mend the row")
+    columns = dict(mapping)
+    for field_name, usual in (("prompt", (*PROMPTS, "instruction")), ("response", ANSWERS)):
+        found = next((k for k in usual if k in row and k not in mapping.values()), None)
+        if columns.setdefault(field_name, found or "") == "":
+            raise RowError(f"no column for the {field_name} is mapped; {there}", f"Add --map {field_name}=COLUMN")
+    return _columns(row, columns["prompt"], columns["response"], columns.get("system"), columns.get("input"))
+
+
 def _columns(row: Mapping[str, Any], prompt: str, answer: str, system: str | None,
              extra: str | None) -> tuple[list[Message], set[str]]:
     question = _text(row, prompt)
-    if extra:
+    if extra and row.get(extra, True):
         question = f"{question}\n\n{_text(row, extra)}"
     messages = [Message("user", question), Message("assistant", _text(row, answer))]
     if system and row.get(system, True):
@@ -132,13 +158,17 @@ def _text(row: Mapping[str, Any], key: str, where: str = "") -> str:
     if not isinstance(value, str):
         found = "missing" if key not in row else f"{type(value).__name__}, not a text"
         raise RowError(f"{where}'{key}' is {found}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError(f"{where}'{key}' holds half a surrogate pair, which is no valid text") from None
+    _check_encodable(value, f"{where}'{key}'")
     if "\0" in value:
         raise RowError(f"{where}'{key}' holds a NUL character")
     return value
+
+
+def _check_encodable(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{what} holds half a surrogate pair, which is no valid text") from None
 
 
 def _without_think(message: Message) -> Message:

@@ -10,7 +10,7 @@ from curate.core.chat import first_difference, tokenizer_digest
 from curate.core.documents import ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, file_sha256, inside, sha256
-from curate.core.refs import load_tokenizer, readable_errors, short_name, weights_at
+from curate.core.refs import load_tokenizer, readable_errors, ref_from, short_name, weights_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,16 +71,24 @@ def read_run(path: Path) -> tuple[RunCard, Path]:
     return card, folder
 
 
-def check_base(card: RunCard, identity: ModelIdentity, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a run that was trained from another base or with another tokenizer, before any work."""
+def check_base(card: RunCard, identity: ModelIdentity, tokenizer: PreTrainedTokenizerBase,
+               folder: Path = Path()) -> None:
+    """Refuse a run, whose card lies in ``folder``, of another base or another tokenizer, before any work."""
     if card.base.tokenizer != identity.tokenizer:
-        what = first_difference(tokenizer, load_tokenizer(card.base_ref)) or "the tokenizer has changed since"
+        what = _difference(tokenizer, ref_from(card.base_ref, folder))
         raise UserError(f"'{card.name}' and '{identity.name}' tokenise differently: {what}.",
                         "Score and train with one tokenizer and one chat template.", Exit.INCOMPATIBLE)
     if card.base.weights != identity.weights:
         raise UserError(f"'{card.name}' is an adapter of '{card.base.name}' ({card.base.weights[:16]}), "
                         f"not of '{identity.name}' ({identity.weights[:16]}).",
                         "Use the base that it was trained from.", Exit.INCOMPATIBLE)
+
+
+def _difference(tokenizer: PreTrainedTokenizerBase, ref: str) -> str:
+    try:
+        return first_difference(tokenizer, load_tokenizer(ref)) or "the tokenizer has changed since"
+    except UserError:
+        return f"the tokenizer of its base '{ref}' is another, and cannot be read here to tell where"
 
 
 def _weights_digest(path: Path, commit: str | None) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +32,20 @@ def short_name(ref: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
+def ref_in(ref: str, folder: Path) -> str:
+    """Return a reference as a document in ``folder`` holds it: a relative path from there, beginning with a dot."""
+    if Path(ref).is_absolute() or weights_at(ref)[0] != ref or not Path(ref).is_dir():
+        return ref
+    path = Path(os.path.relpath(os.path.realpath(ref), os.path.realpath(folder))).as_posix()
+    return path if path.startswith("..") else f"./{path}"
+
+
+def ref_from(ref: str, folder: Path) -> str:
+    """Return what loads a model that a document in ``folder`` refers to; earlier ones held a path as it was typed."""
+    there = ref.startswith(("./", "../")) and (folder / ref).is_dir()
+    return os.path.relpath(os.path.realpath(folder / ref)) if there else ref
+
+
 def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; it always has a padding token afterwards."""
     from transformers import AutoTokenizer
@@ -45,13 +62,26 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
 @contextmanager
 def readable_errors(ref: str) -> Iterator[None]:
     """Turn what the libraries raise about a model or adapter that they cannot read into a ``UserError``."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         yield
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as err:
+        if not Path(weights_at(ref)[0]).is_dir() and _unreachable(err):
+            raise UserError(f"The model '{ref}' could not be loaded: it is no folder here, there is no earlier copy, "
+                            "and the hub could not be reached.", "Check the name, the network and HF_HUB_OFFLINE, or "
+                            "give 'smollm2' or a folder with safetensors.", Exit.REMOTE) from err
         first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise UserError(f"The model '{ref}' could not be loaded: {first}",
                         "Give 'smollm2', a folder with safetensors, or a hub id (log in with `hf auth login` if it is "
                         "gated).", Exit.ENVIRONMENT) from err
+
+
+def _unreachable(err: BaseException | None) -> bool:
+    """Say whether an error began with a connection that there was not."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    kinds = (ConnectionError, TimeoutError, socket.gaierror, LocalEntryNotFoundError)
+    return err is not None and (isinstance(err, kinds) or _unreachable(err.__cause__ or err.__context__))
 
 
 def _split_revision(ref: str) -> tuple[str, str | None]:

@@ -6,8 +6,11 @@ import csv
 import io
 import json
 import logging
+import re
+import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -22,6 +25,7 @@ from curate.core.objects import fetch
 
 MAX_LINE_BYTES = 8 * 2**20
 FORMATS = (".jsonl", ".ndjson", ".parquet", ".csv")
+COMMIT = re.compile("[0-9a-f]{40}")
 BUILTIN = {"demo": "safe_pool.jsonl", "demo/car_care": "narrow/car_care.jsonl",
            "demo/cooking": "narrow/cooking.jsonl", "demo/gardening": "narrow/gardening.jsonl"}
 
@@ -107,12 +111,37 @@ def local_path(source: Source, root: Path) -> Path:
     return path
 
 
-def read_source(source: Source, root: Path, reading: Reading | None = None, max_bad: float = 0.0,
+def check_pinned(name: str, source: Source) -> None:
+    """Refuse (integrity) the source ``name`` of a manifest where its rows could be others tomorrow."""
+    if source.kind == "builtin" and source.name not in BUILTIN:
+        raise UserError(f"The manifest's source '{name}' is the builtin data set '{source.name}', which does not "
+                        "exist.", f"Possible: {', '.join(BUILTIN)}.", Exit.INTEGRITY)
+    if source.kind == "hub" and not source.revision:
+        again = "Score it again, online or as NAME@COMMIT, and select from that." if name == "safe" else \
+            "Select again, online or with --finetune NAME@COMMIT."
+        raise UserError(f"The manifest's source '{name}' ({source.name}) has no revision, so its rows could change "
+                        "unnoticed.", again, Exit.INTEGRITY)
+    if source.kind != "hub" and source.sha256 is None:
+        raise UserError(f"The manifest's source '{name}' ({source.name}) has no sha256, so its rows could change "
+                        "unnoticed.", "Make the manifest anew with `curate select`.", Exit.INTEGRITY)
+
+
+def named_rows(source: Source, root: Path, wanted: Iterable[str]) -> dict[str, Example]:
+    """Return the rows of a document's source that it names, by id, as far as they are there.
+
+    Rows that are no example were counted when the document was made; here they are passed over.
+    """
+    ids = set(wanted)
+    return {row.id: row for row in read_source(source, root, max_bad=1.0) if row.id in ids}
+
+
+def read_source(source: Source, root: Path, reading: Reading | None = None, max_bad: float | None = None,
                 rejects: Path | None = None, limit: int | None = None) -> Iterator[Example]:
     """Yield the examples of a source in its own order, all or the first ``limit``, counting into ``reading``.
 
     A row that is no example ends the reading with a ``UserError`` (bad data) that names line and byte; with
-    ``max_bad`` > 0 up to that share of rows is let through the net, and written to ``rejects`` as JSON Lines.
+    ``max_bad`` > 0 up to that share of rows is let through the net, and written to ``rejects`` as JSON Lines. None
+    is 0 where the user cannot ask for more.
     """
     reading = reading if reading is not None else Reading()
     for place, row in _rows(source, root):
@@ -126,16 +155,17 @@ def read_source(source: Source, root: Path, reading: Reading | None = None, max_
                 continue
             example = from_row(row, source.mapping, source.strip_think)
         except RowError as err:
-            if max_bad <= 0:
-                raise UserError(f"{source.name}, {place}: {err}.", "Mend the row, or allow a share of bad rows with "
-                                "--max-bad 0.01 (they are written aside).", Exit.BAD_DATA) from None
+            if not max_bad:
+                allow = "" if max_bad is None else ", or allow a share of bad rows with --max-bad 0.01 (they are " \
+                                                   "written aside)"
+                raise UserError(f"{source.name}, {place}: {err}.", f"{err.mend}{allow}.", Exit.BAD_DATA) from None
             reading.rejects.append({"place": place, "reason": str(err)})
             continue
         reading.n_examples += 1
         yield example
         if reading.n_examples == limit:
             break
-    _judge_rejects(source, reading, max_bad, rejects)
+    _judge_rejects(source, reading, max_bad or 0.0, rejects)
 
 
 def _judge_rejects(source: Source, reading: Reading, max_bad: float, rejects: Path | None) -> None:
@@ -240,22 +270,28 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    with open(path, encoding="utf-8-sig", newline="") as handle:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         reader = csv.DictReader(handle, strict=True)
         while True:
             try:
                 row = next(reader)
             except StopIteration:
                 return
-            except UnicodeDecodeError as err:
-                raise UserError(f"{path}, after line {reader.reader.line_num}: no valid UTF-8 ({err.reason}).",
-                                "Save the file as UTF-8.", Exit.BAD_DATA) from err
             except csv.Error as err:
                 yield f"line {reader.reader.line_num}", RowError(f"no valid CSV: {err}")
                 continue
-            ragged = None in row or None in row.values()
-            yield (f"line {reader.line_num}",
-                   RowError("the number of fields differs from the header's") if ragged else row)
+            yield f"line {reader.line_num}", _checked(row)
+
+
+def _checked(row: dict[str, str]) -> dict[str, str] | RowError:
+    if None in row or None in row.values():
+        return RowError("the number of fields differs from the header's")
+    for column, value in row.items():
+        try:
+            f"{column}{value}".encode()
+        except UnicodeEncodeError:
+            return RowError(f"no valid UTF-8 in the column {column!a}", "Save the file as UTF-8")
+    return row
 
 
 def _hub_rows(source: Source) -> Iterator[tuple[str, Any]]:
@@ -265,36 +301,83 @@ def _hub_rows(source: Source) -> Iterator[tuple[str, Any]]:
 
 def _load_hub(source: Source) -> Any:
     """Load a hub data set at its revision; the errors say which page to accept and how to log in."""
+    with _readable_errors(source):
+        builder = _builder(source)
+        if source.revision and COMMIT.fullmatch(source.revision) and builder.hash != source.revision:
+            raise UserError(f"'{source.name}' is wanted at the commit {source.revision[:12]}, and what can be had is "
+                            f"another ({str(builder.hash)[:12]}): the hub cannot be asked, and the cache holds that.",
+                            "Try again online.", Exit.REMOTE)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=source.split or "train")
+
+
+def _builder(source: Source) -> Any:
+    """Return what loads a hub data set; its ``hash`` is the commit, also of a copy that was kept from earlier."""
+    import datasets
+
+    if Path(source.name).exists():  # the library would read it, and say nothing
+        raise UserError(f"There is a file or folder '{source.name}' here, which would be read in place of the hub's "
+                        "data set.", "Run this in another folder; to read local rows, name their files.")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    datasets.utils.logging.set_verbosity_error()
+    return datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
+
+
+@contextmanager
+def _readable_errors(source: Source) -> Iterator[None]:
+    """Turn what the library raises about a hub data set into a ``UserError``."""
     import datasets
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    page = f"the data set's page on the hub ({source.name})"
+    client = tuple(set(HfHubHTTPError.__mro__) - set(OSError.__mro__))  # whichever HTTP client the hub's library uses
     try:
-        return datasets.load_dataset(source.name, source.config, split=source.split or "train",
-                                     revision=source.revision)
+        yield
     except (GatedRepoError, RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as err:
         raise UserError(f"No access to the data set '{source.name}': it is gated, private or does not exist.",
-                        f"Accept its terms on {page}, then log in with `hf auth login` or set HF_TOKEN.",
-                        Exit.ENVIRONMENT) from err
-    except HfHubHTTPError.__bases__ as err:  # the HTTP client's base error, whichever client the hub uses, and OSError
+                        f"Accept its terms at huggingface.co/datasets/{source.name}, then log in with `hf auth login` "
+                        "or set HF_TOKEN.", Exit.ENVIRONMENT) from err
+    except (*client, ConnectionError, TimeoutError, FileNotFoundError, socket.gaierror) as err:
         raise UserError(f"The hub could not be reached for '{source.name}': {type(err).__name__}.",
                         "Check the network and HF_HUB_OFFLINE; a local copy works too: --corpus FILE.",
                         Exit.REMOTE) from err
-    except (ValueError, datasets.exceptions.DatasetsError) as err:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as err:
+        local = next((e for e in (err, err.__cause__) if isinstance(e, OSError)), None)
+        if local is not None:
+            raise UserError(f"'{source.name}' could not be put on this disk: {local}.", "Free some space, or name "
+                            "another place with HF_HOME.", Exit.ENVIRONMENT) from err
         raise UserError(f"'{source.name}' could not be loaded: {err}",
                         "Name the configuration and split as --corpus ID:CONFIG:SPLIT.") from err
 
 
-def hub_revision(name: str) -> str | None:
-    """Return the commit a hub data set is at now, or None when the hub cannot be asked."""
+def hub_revision(name: str, revision: str | None = None) -> str | None:
+    """Return the commit a hub data set is at now (or at a branch or tag), or None when the hub cannot be asked."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return HfApi().dataset_info(name, timeout=10).sha
+        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
     except HfHubHTTPError.__bases__:
         return None
+
+
+def pinned(source: Source) -> Source:
+    """Return a hub source with the commit that its revision stands for now.
+
+    Where the hub cannot be asked, it is the commit of the copy that was kept from earlier; ``UserError`` (remote)
+    where there is none, or none that is known to be the revision.
+    """
+    if source.revision and COMMIT.fullmatch(source.revision):
+        return source
+    commit = hub_revision(source.name, source.revision)
+    if commit is None and source.revision is None:
+        with _readable_errors(source):
+            commit = _builder(source).hash
+    if commit is None or not COMMIT.fullmatch(commit):
+        raise UserError(f"It cannot be found out which commit of '{source.name}' "
+                        f"{source.revision or 'the current one'} is, so its rows could change unnoticed.",
+                        "Try again online, or name the commit: --corpus NAME@COMMIT (40 hexadecimal digits).",
+                        Exit.REMOTE)
+    return source.model_copy(update={"revision": commit})
 
 
 def rows_digest(ids: list[str]) -> str:

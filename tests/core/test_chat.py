@@ -64,9 +64,10 @@ def test_results_keep_the_order_of_the_examples(tokenizer: PreTrainedTokenizerFa
 
 
 def test_boundary_does_not_move_with_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    starts = [one(tokenizer, pair("Why?", answer)) for answer in ("\n", "\n\n", " ", "ant", "x")]
+    starts = [one(tokenizer, pair("Why?", answer)) for answer in ("\n", "\n\n", " ", "\u3000\t", "ant", "x")]
     assert len({e.ids[:e.answer_start] for e in starts}) == 1
-    assert all(e.status == "ok" and e.n_answer_tokens >= 1 for e in starts)
+    assert all(e.n_answer_tokens >= 1 for e in starts)
+    assert [e.status for e in starts] == ["empty_answer"] * 4 + ["ok"] * 2, "white space alone is no answer"
 
 
 def test_default_system_prompt_is_there_unless_the_row_has_one() -> None:

@@ -21,6 +21,7 @@ SAME = [
     {"instruction": ASKED, "input": None, "output": ANSWERED},
     {"instruction": ASKED, "response": ANSWERED, "system": ""},
 ]
+DOLLY = {"prompt": "instruction", "input": "context", "response": "response"}
 
 REFUSED = [
     (["no", "object"], "the row is list, not an object"),
@@ -42,6 +43,8 @@ REFUSED = [
     ({"messages": [{"role": "assistant", "content": "x"}]}, "no message before the answer"),
     ({"prompt": "a\0b", "response": "x"}, "'prompt' holds a NUL character"),
     ({"prompt": "a", "response": "\ud83d"}, "'response' holds half a surrogate pair"),
+    ({"prompt": "a", "response": "x", "note": "\ud83d"}, "'note' holds half a surrogate pair"),
+    ({"prompt": "a", "response": "x", "notes": [{"of": "\ud83d"}]}, "'notes' holds half a surrogate pair"),
 ]
 
 
@@ -74,6 +77,31 @@ def test_mapping_names_the_columns_and_a_misspelt_one_is_no_silent_default() -> 
     for wrong in ({"prompt": "Q", "response": "a"}, {"prompt": "q", "response": "a", "system": "rule"}):
         with pytest.raises(RowError, match="is missing"):
             from_row(row, wrong)
+
+
+@pytest.mark.parametrize("context", ["", None, "A long text."])
+def test_an_empty_mapped_input_adds_nothing(context: str | None) -> None:
+    row = {"instruction": ASKED, "context": context, "response": ANSWERED}
+    assert from_row(row, DOLLY).prompt == (f"{ASKED}\n\n{context}" if context else ASKED)
+
+
+@pytest.mark.parametrize(("mapping", "reason", "mend"), [
+    ({"prompt": "qestion", "response": "reply"}, "'qestion' is missing; the row has the columns ['question', 'reply']",
+     "Correct --map (prompt=question?), or mend the row"),
+    ({"prompt": "zzz", "response": "reply"}, "'zzz' is missing", "Correct --map prompt=COLUMN, or mend the row"),
+    ({"prompt": "question"}, "no column for the response is mapped; the row has", "Add --map response=COLUMN"),
+    ({"prompt": "question", "response": "reply", "input": "text"}, "'text' is missing", "Correct --map input=COLUMN")])
+def test_a_wrong_mapping_is_not_blamed_on_the_row(mapping: dict[str, str], reason: str, mend: str) -> None:
+    with pytest.raises(RowError) as caught:
+        from_row({"question": ASKED, "reply": ANSWERED}, mapping)
+    assert reason in str(caught.value) and caught.value.mend.startswith(mend)
+
+
+@pytest.mark.parametrize("row", [{"ask": ASKED, "answer": ANSWERED}, {"question": ASKED, "say": ANSWERED},
+                                 {"ask": ASKED, "completion": ANSWERED, "kind": "fact"}], ids="+".join)
+def test_what_is_not_mapped_has_its_usual_name(row: dict[str, str]) -> None:
+    mapping = {"prompt": "ask"} if "ask" in row else {"response": "say"}
+    assert from_row(row, mapping) == pair(ASKED, ANSWERED)
 
 
 def test_other_columns_become_meta_and_no_part_of_the_identity() -> None:

@@ -59,7 +59,7 @@ def test_a_bad_line_ends_the_reading_with_line_and_byte(tmp_path: Path, bad: byt
     lines = [GOOD % (1, 1), GOOD % (22, 22), bad, GOOD % (4, 4)]
     source, got = write(tmp_path, lines), []
     with pytest.raises(UserError) as caught:
-        got.extend(read_source(source, tmp_path))
+        got.extend(read_source(source, tmp_path, max_bad=0.0))
     assert caught.value.exit_code == Exit.BAD_DATA and "--max-bad" in caught.value.hint
     start = len(lines[0]) + 1 + len(lines[1]) + 1
     assert f"rows.jsonl, line 3 (byte {start}): " in caught.value.message and reason in caught.value.message
@@ -130,10 +130,15 @@ def test_csv_rows_are_strict(tmp_path: Path, line: bytes, reason: str) -> None:
     assert read(tmp_path, source, max_bad=0.5)[0] == [pair("q\n1", 'a "1"')]
 
 
-def test_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    source = write(tmp_path, b"prompt,response\nq,caf\xe9\n", "rows.csv")
-    with pytest.raises(UserError, match="no valid UTF-8"):
-        read(tmp_path, source, max_bad=1.0)
+def test_csv_in_another_encoding_is_a_bad_row_at_its_own_line(tmp_path: Path) -> None:
+    lines = [b"prompt,response,note", *(b"q%d,a,x" % k for k in range(3000)), b"q,a,caf\xe9", b"q,a,x"]
+    source = write(tmp_path, lines, "rows.csv")
+    with pytest.raises(UserError, match=r"rows\.csv, line 3002: no valid UTF-8 in the column 'note'") as caught:
+        read(tmp_path, source)
+    assert caught.value.hint == "Save the file as UTF-8.", "there is no --max-bad to offer"
+    assert len(read(tmp_path, source, max_bad=0.001)[0]) == 3001
+    with pytest.raises(UserError, match="2 of 2 rows"):
+        read(tmp_path, write(tmp_path, "prompt,response\nq,a\nr,b".encode("utf-16"), "rows.csv"), max_bad=0.9)
 
 
 def test_parquet_truncated_flipped_or_not_utf8_is_refused(tmp_path: Path) -> None:
