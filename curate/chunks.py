@@ -96,8 +96,9 @@ class Work:
 
     def finished(self, encoded: Sequence[Encoded], rows: Sequence[AnswerNll], left: int = 0) -> None:
         """Count rows that are done; a server has as many of the ``left`` ones of their chunk in work as it may."""
-        engine = self.opening.engine
-        at_once = min(engine.concurrency, left + len(rows)) if engine.name == "server" else len(rows)
+        at_once = len(rows)
+        if left and self.opening.engine.name == "server":
+            at_once = min(self.opening.engine.concurrency, left + at_once)
         self.tally["rows"] += len(rows)
         self.tally["rejected"] += sum(row.status != "ok" for row in rows)
         self.bar.advance(sum(len(item.ids) - 1 for item in encoded), f"{self.tally['rows']:,} rows, "
