@@ -97,12 +97,15 @@ class Work:
     tally: Counter[str] = field(default_factory=Counter)
     """How many ``rows`` are done, counted once for each model, and how many were ``rejected``: no finite number."""
 
-    def finished(self, encoded: Sequence[Encoded], rows: Sequence[AnswerNll]) -> None:
-        """Count rows that are done."""
+    def finished(self, encoded: Sequence[Encoded], rows: Sequence[AnswerNll], left: int = 0) -> None:
+        """Count rows that are done; a server has as many of the ``left`` ones of their chunk in work as it may."""
+        at_once = len(rows)
+        if left and self.opening.engine.name == "server":
+            at_once = min(self.opening.engine.concurrency, left + at_once)
         self.tally["rows"] += len(rows)
         self.tally["rejected"] += sum(row.status != "ok" for row in rows)
         self.bar.advance(sum(len(item.ids) - 1 for item in encoded), f"{self.tally['rows']:,} rows, "
-                         f"{self.tally['rejected']:,} rejected, {len(rows)} at once")
+                         f"{self.tally['rejected']:,} rejected, {at_once} at once")
 
 
 class Compute(Protocol):
@@ -201,13 +204,13 @@ def encoded_rows(store: Store, tokenizer: object, ids: Sequence[str]) -> list[En
 
 
 def score_rows(scorer: Scorer, encoded: Sequence[Encoded], notify: Callable[[str], None] = lambda text: None,
-               finished: Callable[[Sequence[Encoded], Sequence[AnswerNll]], None] = lambda encoded, rows: None,
-               ) -> list[AnswerNll]:
+               finished: Callable[[Sequence[Encoded], Sequence[AnswerNll], int], None] = lambda encoded, rows, left:
+               None) -> list[AnswerNll]:
     """Return the evidence about every row, in the order given."""
     found: dict[int, AnswerNll] = {}
     for part in scorer.score(encoded, notify):
         found.update(part)
-        finished([encoded[index] for index, _ in part], [row for _, row in part])
+        finished([encoded[index] for index, _ in part], [row for _, row in part], len(encoded) - len(found))
     return [found[index] for index in range(len(encoded))]
 
 

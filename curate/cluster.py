@@ -25,6 +25,7 @@ from curate.core.errors import Exit, UserError, require
 from curate.core.model import pick_dtype
 from curate.core.nll import AnswerNll
 from curate.core.terminal import say
+from curate.core.vllm import check_adapters
 from curate.scorers.choose import EngineSettings, open_scorer
 
 TRIES = 3
@@ -45,20 +46,30 @@ class OnRay:
 
     def settle(self, engine: EngineSettings, dtype: str, device: str,
                adapters: Mapping[str, Path]) -> tuple[EngineSettings, str, str]:
-        """Return engine, dtype and device of the workers; ``auto`` is decided there, and the engine is transformers."""
+        """Return engine, dtype and device of the workers; ``auto`` is decided there, and the engine is transformers.
+
+        Raises ``UserError`` for a server, and for an adapter that the engine cannot take.
+        """
         if engine.name == "server" or engine.base_urls:
             raise UserError("A server computes by itself, so it needs no Ray cluster.",
                             "Leave out --ray, or use --engine transformers or vllm.")
         ray = self._connected()
         if device == "auto":
             device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+        if engine.name == "vllm":
+            check_adapters(adapters, on_gpu=device.startswith("cuda"))
+        elif engine.name == "auto":
+            engine = replace(engine, name="transformers")
+            say("Engine: transformers (with --ray vLLM is taken only when it is named: --engine vllm).")
         if dtype == "auto":
             asked = ray.remote(**self._needs(device))(pick_dtype).remote(dtype, device)
             try:
                 dtype = ray.get(asked, timeout=START_S)
             except ray.exceptions.GetTimeoutError as err:
                 raise self._no_worker(ray, device) from err
-        return replace(engine, name="transformers" if engine.name == "auto" else engine.name), dtype, device
+            except ray.exceptions.RayTaskError as err:
+                raise _readable(err) from err
+        return engine, dtype, device
 
     def results(self, work: Work) -> Iterator[tuple[Chunk, list[AnswerNll]]]:
         """Yield chunks as they are finished, in whatever order."""
@@ -125,14 +136,15 @@ class _Engine:
         self._scorer = self._engine.enter_context(open_scorer(self._opening.engine, models))
         return True
 
-    def score(self, model_id: str, encoded: Sequence[Encoded]) -> list[AnswerNll]:
-        """Return the evidence about the rows of a chunk."""
+    def score(self, model_id: str, encoded: Sequence[Encoded]) -> tuple[list[AnswerNll], list[str]]:
+        """Return the evidence about the rows of a chunk, and what there was to say."""
         if model_id != self._member:
             self._member = None
             self._held.close()
             self._held.enter_context(self._scorer.member(self._folders[model_id]))
             self._member = model_id
-        return score_rows(self._scorer, encoded)
+        notes: list[str] = []
+        return score_rows(self._scorer, encoded, notes.append), notes
 
     def _fetched(self, folder: Path, ref: Any) -> Path | None:
         import ray
@@ -210,7 +222,7 @@ class _Pool:
         for workers in (self.placing, self.opening, self.asked):
             actor = actor or workers.pop(ref, None)
         try:
-            rows = self.ray.get(ref)
+            answer = self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as err:
             raise _readable(err) from err
         except self.ray.exceptions.RayError as err:
@@ -223,6 +235,9 @@ class _Pool:
         self.idle.append(actor)
         self.failed_starts = 0
         if chunk is not None:
+            rows, notes = answer
+            for note in notes:
+                say(f"A worker, {self.work.names[chunk.model_id]}: {note}")
             self.work.finished(encoded, rows)
             yield chunk, rows
 
@@ -246,8 +261,12 @@ class _Pool:
 
 
 def _readable(err: Any) -> Exception:
-    """Return what a worker raised; a package that its node lacks is no bug."""
+    """Return what a worker raised; a package that its node lacks is no bug, and neither is its full disk."""
     cause = err.cause
+    if isinstance(cause, OSError):
+        return UserError(f"A node of the cluster cannot go on: {str(cause) or type(cause).__name__}.",
+                         "See to its disk and network (`ray status` names the nodes); then run this again: what was "
+                         "finished is kept.", Exit.ENVIRONMENT)
     if isinstance(cause, ImportError):
         return UserError(f"A node of the cluster lacks what this one has: {cause}.",
                          "Install the same safeset, with the same packages, on every node.", Exit.ENVIRONMENT)

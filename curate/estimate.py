@@ -22,8 +22,8 @@ from typing import Any
 
 from curate.chunks import Chunk, Cut, Here, Work, cuts, failed_chunks, missing_chunks, nll_table
 from curate.core.nll import AnswerNll
-from curate.core.terminal import Progress
-from curate.ledger import Entry
+from curate.core.terminal import Progress, say
+from curate.ledger import Entry, Ledger
 from curate.parts import part_bytes
 from curate.records import StoreHeader, matching
 from curate.score import ScoreJob, ingest, prepared
@@ -33,6 +33,10 @@ from curate.store import Store
 BANDS = 4
 CALIBRATION_TOKENS = {"cpu": 6_000, "cuda": 150_000}
 """Tokens of each band that go through the engine."""
+FILLS = 3
+"""Rows of each band for a server, at least, in multiples of the requests at the same time."""
+UNSEEN = {"server": ("memory", "GPU memory"), "vllm": ("memory", "GPU memory")}
+"""What engines need outside this process, where it cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Speed:
 class Timing:
     """What a calibration has measured; ``slowdown`` is a member's time over the aligned model's, for the same rows.
 
-    ``reading_s`` is that of everything before the model is loaded.
+    ``reading_s`` is that of everything before the model is loaded, ``check_s`` that of what ends each chunk.
     """
 
     speeds: tuple[Speed, ...]
@@ -55,8 +59,9 @@ class Timing:
     load_s: float
     open_s: float
     slowdown: float
-    ram_bytes: int
+    ram_bytes: int | None
     gpu_bytes: int | None
+    check_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Estimate:
     disk_bytes: dict[str, int]
     ram_bytes: int | None
     gpu_bytes: int | None
+    unseen: tuple[str, ...]
+    """What of these is needed elsewhere than in this process, and was not measured."""
     tokens_per_s: list[tuple[float, float]]
     """Length and speed, as measured."""
     hours: float
@@ -101,25 +108,33 @@ def estimate(job: ScoreJob, gpu_hour: float | None = None) -> Estimate:
         timing = None
         if ready and any(todo.values()):
             limit = CALIBRATION_TOKENS["cuda" if device.startswith("cuda") else "cpu"]
-            chosen = samples(ready, list(names), limit)
+            engine = settled.opening.engine
+            chosen = samples(ready, list(names), limit, FILLS * engine.concurrency if engine.name == "server" else 1)
             timing = calibrate(settled.work(store, chosen, Progress("Calibrating", 1, "tokens")), reading_s)
     lengths = sorted(length for chunk in ready for length in chunk.lengths)
     hours = (reading_s if timing is None else seconds(timing, list(todo.values()))) / 3600
     return Estimate(summary.n_rows, dict(summary.counts),
                     {names[i]: sum(len(c.ids) for c in chunks) for i, chunks in todo.items()}, spread(lengths), sizes,
                     timing and timing.ram_bytes, timing and timing.gpu_bytes,
+                    UNSEEN.get(header.engine, ()) if timing else (),
                     [(s.length, s.tokens_per_s) for s in timing.speeds] if timing else [], hours,
                     None if gpu_hour is None else hours * gpu_hour)
 
 
 def _store_before(place: Path | str, header: StoreHeader) -> Store | None:
-    """Return the store that scoring would go on with, if it is there; ``UserError`` if it could not."""
+    """Return the store that scoring would go on with, if it is there, without what is damaged.
+
+    ``UserError`` if it could not go on with it.
+    """
     storage = storage_at(place)
     storage.check_new()
     if "store.json" not in storage.listed():
         return None
-    matching(storage, header)
-    return Store.open_read(place)
+    ledger = Ledger.load(storage)
+    damaged = ledger.disregard_damage()
+    if damaged:
+        say(f"{len(damaged)} damaged files would be put aside and their rows scored again.")
+    return Store(storage, matching(storage, header), ledger)
 
 
 def _to_do(store: Store, before: Store | None, model_id: str, old: Sequence[Cut], retry: bool) -> list[Chunk]:
@@ -161,9 +176,10 @@ def _scores_bytes(chunk: Chunk, dice: random.Random) -> int:
     return len(data) + len(Entry.of(f"nll-{'0' * 24}", data, len(rows), chunk.model_id).to_bytes())
 
 
-def samples(chunks: Sequence[Chunk], model_ids: Sequence[str], limit: int) -> list[Chunk]:
+def samples(chunks: Sequence[Chunk], model_ids: Sequence[str], limit: int, fewest: int = 1) -> list[Chunk]:
     """Return the chunks to calibrate with: rows of ``BANDS`` bands of length, evenly taken, ``limit`` tokens of each.
 
+    Of each band ``fewest`` rows at least, as far as it has them.
     The first band comes twice, to warm up; under the first member the band before the last comes twice.
     """
     rows = sorted(((length, i) for chunk in chunks for length, i in zip(chunk.lengths, chunk.ids, strict=True)),
@@ -171,7 +187,7 @@ def samples(chunks: Sequence[Chunk], model_ids: Sequence[str], limit: int) -> li
     bands = [band for k in range(BANDS) if (band := rows[len(rows) * k // BANDS:len(rows) * (k + 1) // BANDS])]
     taken = []
     for band in bands:
-        n = max(1, min(len(band), round(limit * len(band) / sum(length for length, _ in band))))
+        n = max(1, min(len(band), max(fewest, round(limit * len(band) / sum(length for length, _ in band)))))
         some = [band[k * len(band) // n] for k in range(n)]
         taken.append((tuple(i for _, i in some), tuple(length for length, _ in some)))
     found = [Chunk(model_ids[0], *rows) for rows in [taken[0], *taken]]
@@ -179,21 +195,30 @@ def samples(chunks: Sequence[Chunk], model_ids: Sequence[str], limit: int) -> li
 
 
 def calibrate(work: Work, reading_s: float) -> Timing:
-    """Put the samples through the real engine and return what that took."""
-    marks = [time.monotonic()]
-    for _ in Here().results(work):
-        marks.append(time.monotonic())
-    spans = [max(later - earlier, 1e-9) for earlier, later in pairwise(marks)]
+    """Put the samples through the real engine and return what that took.
+
+    A server looks after every chunk whether its model is still there, which is counted apart: the samples are smaller.
+    """
+    scorers: list[Any] = []
+
+    def checked() -> float:
+        return getattr(scorers[-1], "checked_s", 0.0) if scorers else 0.0
+
+    marks = [(time.monotonic(), 0.0)]
+    for _ in Here().results(replace(work, check=lambda scorer, model_id: scorers.append(scorer))):
+        marks.append((time.monotonic(), checked()))
+    spans = [max(later - earlier - (after - before), 1e-9) for (earlier, before), (later, after) in pairwise(marks)]
     own = [c for c in work.chunks if c.model_id == work.chunks[0].model_id]
     bands, times = own[1:], spans[1:len(own)]
     speeds = {sum(c.lengths) / len(c.ids): c.n_tokens / span for c, span in zip(bands, times, strict=True)}
     member = spans[len(own):]
     slowdown = member[1] / times[-2:][0] if member else 1.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    engine, unit = work.opening.engine.name, 1 if sys.platform == "darwin" else 1024
+    ram = None if engine in UNSEEN else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return Timing(tuple(Speed(*pair) for pair in sorted(speeds.items())), reading_s,
                   max(spans[0] - times[0], 0.0), max(member[0] - member[1], 0.0) if member else 0.0, slowdown, ram,
-                  _gpu_bytes(work.opening.models.device))
+                  None if engine in UNSEEN else _gpu_bytes(work.opening.models.device),
+                  check_s=marks[-1][1] / len(spans))
 
 
 def _gpu_bytes(device: str) -> int | None:
@@ -220,6 +245,7 @@ def seconds(timing: Timing, by_model: Sequence[Sequence[Chunk]]) -> float:
     for number, chunks in enumerate(by_model):
         lengths = Counter(chain.from_iterable(c.lengths for c in chunks))
         pure = sum(n * length / speed_at(timing.speeds, length) for length, n in lengths.items())
+        total += len(chunks) * timing.check_s
         total += pure if number == 0 else pure * timing.slowdown + (timing.open_s if chunks else 0.0)
     return total
 
@@ -232,7 +258,7 @@ def lines(found: Estimate) -> list[list[str]]:
     rows += [[f"tokens, {name}", f"{tokens[name]:,.0f}"] for name in ("sum", "median", "p99", "longest")]
     rows += [[f"tokens/s at {length:,.0f} tokens", f"{speed:,.0f}"] for length, speed in found.tokens_per_s]
     rows += [[f"disk MiB, {name}", f"{size / 2**20:,.1f}"] for name, size in disk.items()]
-    rows += [[f"{name} GiB", f"{size / 2**30:,.1f}"] for name, size in
-             (("memory", found.ram_bytes), ("GPU memory", found.gpu_bytes)) if size is not None]
+    rows += [[f"{name} GiB", "not measured" if size is None else f"{size / 2**30:,.1f}"] for name, size in
+             (("memory", found.ram_bytes), ("GPU memory", found.gpu_bytes)) if size is not None or name in found.unseen]
     rows += [["hours", f"{found.hours:,.2f}"]] + ([["cost", f"{found.cost:,.2f}"]] if found.cost is not None else [])
     return rows

@@ -9,7 +9,7 @@ import polars as pl
 from curate.core.errors import UserError
 from curate.ledger import Finding, Kind, Ledger
 from curate.parts import SCHEMAS, read_columns, shape
-from curate.records import broken_documents, read_header
+from curate.records import broken_copy, broken_documents, read_header
 from curate.storage import Storage, documents
 
 
@@ -18,12 +18,12 @@ def inspect(storage: Storage) -> tuple[list[Finding], int]:
     if "store.json" not in storage.listed():
         raise UserError(f"There is no store at {storage.place}.", "Make one with: curate score ...")
     ledger = Ledger.load(storage)
-    findings = [Finding(name, why) for name, why in broken_documents(storage)]
+    findings = [Finding(name, why) for name, why in [*broken_documents(storage), *broken_copy(storage)]]
     try:
         read_header(storage)
     except UserError as err:
         findings.append(Finding("store.json", err.message))
-    damage = ledger.damage_now(deep=True)
+    damage = ledger.damage_now(deep=True, fresh=True)
     findings += damage
     left = [*storage.leftovers(), *ledger.orphans()]
     findings += [Finding(name, "left behind by a write that was cut off; it counts for nothing, and the next "

@@ -234,12 +234,16 @@ class Ledger:
         found = self.storage.files({entry.path: entry.sha256 for entry in entries})
         return [found[entry.path] for entry in entries if entry.path in found]
 
-    def damage(self, deep: Kind | bool) -> list[Finding]:
-        """Return what is damaged: the size of every part is checked, the sha256 of the kind ``deep`` (True: of all)."""
+    def damage(self, deep: Kind | bool, fresh: bool = False) -> list[Finding]:
+        """Return what is damaged: the size of every part is checked, the sha256 of the kind ``deep`` (True: of all).
+
+        A part with a verified local copy is not read again from where it lies, unless ``fresh``.
+        """
         found, listed = list(self.torn), self.storage.listed("parts")
         entries = sorted(self.entries.values(), key=lambda e: e.part)
-        whole = self.storage.files({e.path: e.sha256 for e in entries if deep in (True, e.kind) and e.part in listed
-                                    and listed[e.part].size == e.bytes})
+        wanted = {e.path: e.sha256 for e in entries if deep in (True, e.kind) and e.part in listed
+                  and listed[e.part].size == e.bytes}
+        whole = self.storage.whole(wanted) if fresh else set(self.storage.files(wanted))
         for entry in entries:
             if entry.part not in listed:
                 found.append(Finding(entry.path, "the part is missing"))
@@ -250,10 +254,21 @@ class Ledger:
                 found.append(Finding(entry.path, "the part's sha256 is not the ledger's"))
         return found
 
-    def damage_now(self, deep: Kind | bool) -> list[Finding]:
+    def damage_now(self, deep: Kind | bool, fresh: bool = False) -> list[Finding]:
         """Return what is damaged; parts that were merged since the entries were read are no damage."""
-        damage = self.damage(deep)
-        return self.damage(deep) if damage and self.refresh() else damage
+        damage = self.damage(deep, fresh)
+        return self.damage(deep, fresh) if damage and self.refresh() else damage
+
+    def disregard_damage(self) -> list[str]:
+        """Let damaged parts and entries count for nothing, here only, and return their names.
+
+        What a damaged merged part had replaced is missing then, whether it is still there or not.
+        """
+        damage = self.damage_now(deep=True)
+        gone = {finding.path for finding in damage}
+        self.entries = {slot: entry for slot, entry in self.entries.items() if entry.path not in gone}
+        self.torn.clear()
+        return sorted(gone)
 
     def orphans(self) -> list[str]:
         """Return the parts that no entry names: what a write that was cut off leaves behind.
@@ -270,17 +285,32 @@ class Ledger:
     def mend(self) -> list[str]:
         """Put damaged parts and entries aside and return their names; orphans go too, but are no damage.
 
-        On shared storage each is looked at once more just before, because another writer may have mended it already.
+        On shared storage of the parts with local copies only those are read that were put again after their entry, and
+        each that is damaged is looked at once more just before, because another writer may have mended it already.
         What two writers that mend at the same moment still take from each other is missing afterwards, never wrong.
         """
         mended, merged = [], True
         while merged:
-            damage = self.damage(deep=True)
+            damage = [*self.damage(deep=True), *self._overwritten()]
             mended += [finding.path for finding in damage]
             merged = self._put_aside(damage)
         for name in self.orphans():
             self.storage.put_aside(name)
         return mended
+
+    def _overwritten(self) -> list[Finding]:
+        """Return the damaged ones of the parts on shared storage that were put again after their entries."""
+        if not self.storage.shared:
+            return []
+        parts, slots = self.storage.listed("parts"), self.storage.listed("ledger")
+        later = {}
+        for slot, entry in self.entries.items():
+            part, told = parts.get(entry.part), slots.get(f"{slot}.json")
+            if part and told and part.size == entry.bytes and (part.modified or 0.0) > (told.modified or 0.0):
+                later[entry.path] = entry.sha256
+        copied = set(self.storage.files(later))  # the others are found damaged without a second look
+        return [Finding(path, "the part's sha256 is not the ledger's")
+                for path in sorted(copied - self.storage.whole({path: later[path] for path in copied}))]
 
     def _put_aside(self, damage: Sequence[Finding]) -> bool:
         """Put damaged parts aside with their entries; return whether one was merged.
@@ -293,7 +323,7 @@ class Ledger:
         merged = False
         for finding in damage:
             named = slots.get(finding.path, [])
-            if self.storage.shared and named and self.files([self.entries[named[0]]]):
+            if self.storage.shared and named and self.storage.whole({finding.path: self.entries[named[0]].sha256}):
                 continue
             for slot in named:
                 self.storage.put_aside(f"ledger/{slot}.json")

@@ -14,6 +14,9 @@ from curate.core.files import canonical_json, sha256
 from curate.core.sources import Source
 from curate.storage import Storage, documents
 
+HEADER, HEADER_COPY = "store.json", "models/store.json.copy"
+"""What all numbers share, and the same bytes once more: nothing else could make them again."""
+
 
 class StoreHeader(Document):
     """What all numbers of a store have in common; with another value they could not be compared."""
@@ -101,12 +104,46 @@ def told_apart(place: str, others: Collection[str]) -> str:
 
 
 def read_header(storage: Storage) -> StoreHeader:
-    """Read what all numbers share; ``UserError`` when there is no store."""
+    """Read what all numbers share; ``UserError`` when there is no store, or (integrity) when it cannot be read."""
     try:
-        data = storage.get("store.json")
+        data = storage.get(HEADER)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no store at {storage.place}.", "Make one with: curate score ...") from None
-    return StoreHeader.from_bytes(data, f"{storage.place}/store.json")
+    try:
+        return StoreHeader.from_bytes(data, f"{storage.place}/{HEADER}")
+    except UserError as err:
+        if _copied_header(storage) is None:
+            raise
+        raise UserError(err.message, "The same `curate score` again restores it from its copy.",
+                        Exit.INTEGRITY) from None
+
+
+def _copied_header(storage: Storage) -> StoreHeader | None:
+    """Return what the copy of the header says, if it can be read."""
+    try:
+        return StoreHeader.from_bytes(storage.get(HEADER_COPY), HEADER_COPY)
+    except (FileNotFoundError, UserError):
+        return None
+
+
+def mend_header(storage: Storage) -> list[str]:
+    """Restore an unreadable header from its copy, or the copy from the header; return the name of what was damaged.
+
+    Raises what ``read_header`` raises when both cannot be read.
+    """
+    copied = _copied_header(storage)
+    try:
+        header = read_header(storage)
+    except UserError:
+        if copied is None:
+            raise
+        storage.put(HEADER, copied.to_bytes())
+        return [HEADER]
+    if copied is not None and copied.digest == header.digest:
+        return []
+    torn = HEADER_COPY.rpartition("/")[2] in storage.listed("models")
+    storage.put(HEADER_COPY, header.to_bytes())
+    return [HEADER_COPY] if torn else []
 
 
 def agreed(storage: Storage, header: StoreHeader) -> StoreHeader:
@@ -115,8 +152,8 @@ def agreed(storage: Storage, header: StoreHeader) -> StoreHeader:
     On shared storage the put is tried twice: an endpoint that lets the second one through ignores conditions, and
     several writers there could store rows twice.
     """
-    if storage.create("store.json", header.to_bytes()):
-        if storage.shared and storage.create("store.json", header.to_bytes()):
+    if storage.create(HEADER, header.to_bytes()):
+        if storage.shared and storage.create(HEADER, header.to_bytes()):
             raise UserError(f"The endpoint of {storage.place} ignores conditional puts (If-None-Match), which keep "
                             "several writers apart.", "Use one that knows them (S3 and MinIO do), or a local --store.",
                             Exit.ENVIRONMENT)
@@ -134,6 +171,18 @@ def matching(storage: Storage, header: StoreHeader) -> StoreHeader:
                             f"{now[name]!r}.", "Such numbers cannot be compared: use another --store.",
                             Exit.INCOMPATIBLE)
     return stored
+
+
+def broken_copy(storage: Storage) -> list[tuple[str, str]]:
+    """Return name and problem of the header's copy if it is there and does not say what the header says."""
+    if HEADER_COPY.rpartition("/")[2] not in storage.listed("models"):
+        return []
+    copied = _copied_header(storage)
+    try:
+        same = copied is not None and copied.digest == read_header(storage).digest
+    except UserError:
+        same = copied is not None
+    return [] if same else [(HEADER_COPY, "it is not what store.json says")]
 
 
 def read_model(name: str, data: bytes) -> ScoredModel:

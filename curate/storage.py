@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from curate.core.errors import Exit, UserError
-from curate.core.files import TEMPORARY, canonical_json, sync_folder, write_atomic
+from curate.core.files import TEMPORARY, canonical_json, sha256, sync_folder, write_atomic
 from curate.core.objects import Listed, Objects, fetched, is_url, keep, ordered, sha256_at
 
 FOLDERS = ("parts", "ledger", "models", "quarantine")
@@ -54,6 +54,9 @@ class Storage(Protocol):
 
     def files(self, wanted: Mapping[str, str]) -> dict[str, Path]:
         """Return local files for names with their sha256; one that is gone or has another sha256 is left out."""
+
+    def whole(self, wanted: Mapping[str, str]) -> set[str]:
+        """Return the names, of names with their sha256, that have it where they lie, whatever copies there are."""
 
     def delete(self, *names: str) -> None:
         """Remove files, as far as they are there."""
@@ -130,6 +133,10 @@ class LocalStorage:
                 if sha256_at(str(path), state.st_size, state.st_mtime_ns) == digest:
                     found[name] = path
         return found
+
+    def whole(self, wanted: Mapping[str, str]) -> set[str]:
+        """See ``Storage``."""
+        return set(self.files(wanted))
 
     def delete(self, *names: str) -> None:
         """See ``Storage``."""
@@ -220,6 +227,10 @@ class ObjectStorage:
     def files(self, wanted: Mapping[str, str]) -> dict[str, Path]:
         """See ``Storage``."""
         return fetched(self.objects, wanted, ".parquet")
+
+    def whole(self, wanted: Mapping[str, str]) -> set[str]:
+        """See ``Storage``."""
+        return {name for name, data in self.objects.get_many(wanted) if sha256(data) == wanted[name]}
 
     def delete(self, *names: str) -> None:
         """See ``Storage``."""

@@ -2,7 +2,7 @@
 
     store.json          what makes the numbers inside comparable: aligned model, engine, dtype, encoding, tokenizer
     parts/, ledger/     examples, scores and corpora; see ``curate.ledger``
-    models/<id>.json    who the models are
+    models/<id>.json    who the models are; models/store.json.copy has the bytes of store.json
     plan.json           the corpora that there are, and what the latest ``curate score`` set out to do
     lock, quarantine/   the one writer of a folder, and what was put aside as damaged
 
@@ -39,12 +39,14 @@ from curate.parts import (
     read_columns,
 )
 from curate.records import (
+    HEADER,
     Plan,
     PlannedCorpus,
     ScoredModel,
     StoreHeader,
     agreed,
     broken_documents,
+    mend_header,
     read_header,
     read_model,
 )
@@ -79,11 +81,13 @@ class Store:
         storage.check_new()
         with ExitStack() as held:
             held.enter_context(storage.open_to_write())
+            mended = mend_header(storage) if HEADER in storage.listed() else []
             store = cls(storage, agreed(storage, header), Ledger.load(storage))
+            mended += mend_header(storage)
             broken = [name for name, _ in broken_documents(storage)]
             for name in broken:
                 storage.put_aside(name)
-            store.quarantined = store._ledger.mend() + broken
+            store.quarantined = store._ledger.mend() + broken + mended
             store.swept = 0 if storage.shared else store._ledger.sweep()
             store._held = held.pop_all()
         return store

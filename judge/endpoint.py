@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sha256
+from curate.core.keys import key_in, without_key
 from curate.core.terminal import Terminated
 from judge.journal import Journal
 from judge.prompts import carried
@@ -66,8 +67,11 @@ class Address:
         return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
     def key(self) -> str:
-        """Return the key from the environment; ``UserError`` where there is none and no other server was named."""
-        found = os.environ.get(self.key_env, "").strip() if self.key_env else ""
+        """Return the key from the environment; ``UserError`` where there is none and no other server was named.
+
+        Also for one that no header can carry.
+        """
+        found = key_in(self.key_env) if self.key_env else ""
         if not found and self.base_url is None:
             raise UserError(f"There is no key in the environment variable {self.key_env}.",
                             f"Set {self.key_env}, or name a server of your own with --base-url.")
@@ -252,7 +256,7 @@ class Endpoint:
                     model=self.address.model, messages=body["messages"], extra_body=rest)
                 return self._clean(raw.text if isinstance(raw.text, str) else raw.text())
         except openai.APIStatusError as err:
-            raise NoReply(self._clean(f"HTTP {err.status_code}, {_first_words(err.body)}"), err.status_code) from None
+            raise NoReply(f"HTTP {err.status_code}, {self._clean(_words(err.body))[:200]}", err.status_code) from None
         except (TimeoutError, openai.APITimeoutError):
             raise NoReply("no reply in time") from None
         except openai.APIConnectionError as err:
@@ -262,7 +266,7 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         key = self.address.key()
-        return text.replace(key, "[key]") if len(key) >= 6 else text
+        return without_key(text, key) if len(key) >= 6 else text
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:
@@ -350,11 +354,11 @@ def _from_record(record: dict[str, Any], key: str) -> Reply:
         sha256(canonical_json([key, record])))
 
 
-def _first_words(body: Any) -> str:
-    """Return the beginning of a server's complaint, in one line."""
+def _words(body: Any) -> str:
+    """Return a server's complaint in one line."""
     inner = body.get("error", body) if isinstance(body, dict) else body
     text = inner.get("message", inner) if isinstance(inner, dict) else inner
-    return " ".join(str(text or "no reason given").split())[:200]
+    return " ".join(str(text or "no reason given").split())
 
 
 def journal_path(folder: Path | None, model: str) -> Path:

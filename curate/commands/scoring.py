@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from curate.core.errors import Exit
+from curate.core.errors import Exit, UserError
 from curate.core.objects import is_url, read_place
 from curate.core.terminal import columns, emit_json, safe, say
 from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_job, store_option
@@ -45,10 +45,12 @@ from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_j
 @click.option("--shard", metavar="I/N", help="Only the I-th of N shares of the work, I from 1: for schedulers. Shares "
                                             "are dealt out by chance; together they give what one run gives.")
 @click.option("--ray", metavar="auto|ADDRESS", help="Compute on the Ray cluster at this address; auto: the one that "
-                                                   "runs here. The store is still read and written here.")
+                                                   "runs here. The store is still read and written here. The engine "
+                                                   "is transformers, or vllm where --engine says so; never server.")
 @click.option("--ray-cpus", type=click.IntRange(min=1), default=1, show_default=True,
               help="Cores of one Ray worker; each worker holds one model.")
-@click.option("--dry-run", is_flag=True, help="Do not score: say what it would take, after a short calibration.")
+@click.option("--dry-run", is_flag=True, help="Do not score: say what it would take, after a short calibration on "
+                                            "this machine, without --ray.")
 @click.option("--gpu-hour", type=click.FloatRange(min=0), metavar="PRICE", help="Price of an hour, for --dry-run.")
 @json_option
 def score(corpora: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -67,6 +69,9 @@ def score(corpora: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
     job = score_job(corpora, options)
     if options["dry_run"]:
+        if options["ray"]:
+            raise UserError("--dry-run measures the machine that it runs on, and with --ray others do the work.",
+                            "Type it without --ray on a machine like the workers; divide the hours by their number.")
         _dry_run(job, options["gpu_hour"], as_json)
         return
     compute = None

@@ -7,6 +7,7 @@ when a URL is met.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import tempfile
@@ -30,6 +31,8 @@ DELETED_AT_ONCE = 1000
 """How many objects are removed with one request, where the service can do that."""
 
 
+LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+"""Errors that only this machine has, and no service."""
 CONFLICTS = 5
 """How often an object is tried to be created while others are doing the same; S3 answers 409 to one of them."""
 
@@ -161,6 +164,8 @@ class Objects:
                             "Check the credentials in the environment and the rights on the bucket.",
                             Exit.REMOTE) from err
         except self._errors as err:
+            if isinstance(err, OSError) and err.errno in LOCAL:
+                raise
             raise UserError(f"{self.url}/{name} could not be reached: {str(err) or type(err).__name__}.",
                             "Check network, endpoint and credentials; what was finished before is kept, so run it "
                             "again.", Exit.REMOTE) from err
@@ -202,13 +207,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "safeset" / "objects"
 
 
+@contextmanager
+def _on_this_disk() -> Iterator[None]:
+    """Turn what this machine's disk refuses into a sentence."""
+    try:
+        yield
+    except OSError as err:
+        raise UserError(f"No copies of objects can be kept in {cache_folder()}: {err.strerror or err}.",
+                        "Free some space there, or name another folder with XDG_CACHE_HOME; what was finished before "
+                        "is kept, so run it again.", Exit.ENVIRONMENT) from err
+
+
 def kept(digest: str, suffix: str = "") -> Path | None:
     """Return the local copy with this sha256 if there is one that is whole."""
     path = _copy(digest, suffix)
-    if not path.is_file():
-        return None
-    state = path.stat()
-    return path if sha256_at(str(path), state.st_size, state.st_mtime_ns) == digest else None
+    with _on_this_disk():
+        if not path.is_file():
+            return None
+        state = path.stat()
+        return path if sha256_at(str(path), state.st_size, state.st_mtime_ns) == digest else None
 
 
 def keep(data: bytes, suffix: str = "") -> Path:
@@ -239,19 +256,21 @@ def fetch(url: str, digest: str | None = None) -> tuple[Path, str]:
     if path is not None:
         return path, str(digest)
     objects = Objects(folder)
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
-        copy = Path(temporary) / name
-        try:
-            objects.download(name, copy)
-        except FileNotFoundError:
-            raise UserError(f"There is no object {url}.", "Check the URL.") from None
-        found = file_sha256(copy)
-        if digest is not None and found != digest:
-            raise UserError(f"{url} has changed: sha256 {found[:12]}, the document says {digest[:12]}.",
-                            "Restore the object, or make the document anew from the object as it is.", Exit.INTEGRITY)
-        _copy(found, suffix).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(copy, _copy(found, suffix))
+    with _on_this_disk():
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+            copy = Path(temporary) / name
+            try:
+                objects.download(name, copy)
+            except FileNotFoundError:
+                raise UserError(f"There is no object {url}.", "Check the URL.") from None
+            found = file_sha256(copy)
+            if digest is not None and found != digest:
+                raise UserError(f"{url} has changed: sha256 {found[:12]}, the document says {digest[:12]}.",
+                                "Restore the object, or make the document anew from the object as it is.",
+                                Exit.INTEGRITY)
+            _copy(found, suffix).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(copy, _copy(found, suffix))
     return _copy(found, suffix), found
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,16 @@ def _program() -> str:
 
 
 def _quoted(word: str) -> str:
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\\''") + "'"
+    """Return a word as a shell reads it; what ``safe`` would change is written as bytes, in ``$'...'``."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", word):
+        return word
+    if safe(word) == word and "\n" not in word:
+        return "'" + word.replace("'", "'\\''") + "'"
+    return "$'" + "".join(_as_bytes(c) if c in "\\'\t\n" or CONTROL.match(c) else c for c in word) + "'"
+
+
+def _as_bytes(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -140,7 +150,7 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0.0
         self.note = ""
-        self.started = self.printed = time.monotonic()
+        self.started = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
@@ -150,9 +160,6 @@ class Progress:
         self.note = note
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rate=self.rate(), note=safe(note))
-        elif time.monotonic() - self.printed >= PLAIN_EVERY_S:
-            self.printed = time.monotonic()
-            say(self.line())
 
     def rate(self) -> str:
         """Return the rate so far, for people."""
@@ -175,7 +182,8 @@ def progress(label: str, total: float | None, unit: str) -> Iterator[Progress]:
     """Show progress for the length of a ``with`` block and one closing line after it; ``total`` may be unknown."""
     state = Progress(label, total, unit)
     if not sys.stderr.isatty() or processes.rank():
-        yield state
+        with _lines(state):
+            yield state
     else:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -188,6 +196,24 @@ def progress(label: str, total: float | None, unit: str) -> Iterator[Progress]:
             state._bar, state._task = bar, bar.add_task(label, total=total, rate="", note="")
             yield state
     say(f"{label}: {state.done:,.0f} {unit} in {time.monotonic() - state.started:.1f} s ({state.rate()})")
+
+
+@contextmanager
+def _lines(state: Progress) -> Iterator[None]:
+    """Say the state at every interval, whether there was progress or not."""
+    stop = threading.Event()
+
+    def tell() -> None:
+        while not stop.wait(PLAIN_EVERY_S):
+            say(state.line())
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        teller.join()
 
 
 def columns(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:

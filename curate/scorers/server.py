@@ -11,9 +11,9 @@ After a failed request, and at the end of every chunk, the same model must still
 from __future__ import annotations
 
 import math
-import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
+from curate.core.keys import key_in
 from curate.core.nll import TOLERANCE_NATS, AnswerNll
 from curate.core.refs import load_tokenizer
+from curate.core.terminal import PLAIN_EVERY_S, say
 from curate.scorers import evidence, is_logprob
 from curate.scorers.wire import Endpoint, Passing, Wrong, generated, models_at, numbers_of, patiently
 
@@ -33,7 +35,15 @@ if TYPE_CHECKING:
 PROBE = ("Seven grey herons stood in the shallow water below the mill, and none of them was fishing. "
          "In 1987 the bridge was closed for 14 days; def add(a, b): return a + b\n")
 DRIFT_NATS = {**TOLERANCE_NATS, "served": TOLERANCE_NATS["bfloat16"]}
-"""How far the same model's log-probabilities of the probe may move, on average over its tokens; at one, ten times."""
+"""How far the same model's log-probabilities of the probe may move at most, on average over its tokens; at one token
+ten times as far."""
+LEAST_DRIFT_NATS = {"float32": 1e-3, "float16": 0.01}
+"""How far they may move where they were seen to stand still; in other dtypes 0.03, because in bfloat16 a row moves by
+hundredths of a nat with the company it has in a batch."""
+NOISES = 4.0
+"""How far they may move, in multiples of how far they were seen to."""
+TOGETHER = 16
+"""How many times at once, at most, the probe is sent to see how far they move."""
 DIALECT = "Use a vLLM server (docs/engines.md); other servers accept such requests and answer something else."
 
 
@@ -44,6 +54,8 @@ class _Served:
     name: str
     at: list[Endpoint]
     fingerprint: list[float] = field(default_factory=list)
+    drift: float = math.inf
+    """How far these numbers may move."""
 
 
 class ServerScorer:
@@ -57,6 +69,11 @@ class ServerScorer:
         self._served = dict(served)
         self._now = served[None]
         self._probe: list[int] = []
+        self._notify: Callable[[str], None] = say
+        self._quiet_until = -math.inf
+        self._telling = threading.Lock()
+        self.checked_s = 0.0
+        """How long the looks at the ends of chunks took."""
 
     @classmethod
     @contextmanager
@@ -88,38 +105,48 @@ class ServerScorer:
 
         Workers are daemons: whoever stops reading leaves them to end by themselves.
         """
+        served, self._notify = self._now, notify
+        for pair in self._together(served, len(encoded),
+                                   lambda index, stop: self._row(served, encoded[index], stop, index)):
+            yield [pair]
+        begun = time.monotonic()
+        for endpoint in served.at:
+            self._retrying(served, [endpoint], threading.Event(), lambda e: self._same(e, served))
+        self.checked_s += time.monotonic() - begun
+
+    def _together(self, served: _Served, n: int, ask: Callable[[int, threading.Event], Any]
+                  ) -> Iterator[tuple[int, Any]]:
+        """Yield ``(index, ask(index, stop))`` for ``n`` indices as they come, ``concurrency`` of them at once."""
         stop = threading.Event()
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[int, AnswerNll] | BaseException] = queue.SimpleQueue()
-        for index in range(len(encoded)):
+        done: queue.SimpleQueue[tuple[int, Any] | BaseException] = queue.SimpleQueue()
+        for index in range(n):
             todo.put(index)
-        for _ in range(min(self.settings.concurrency, len(encoded))):
-            threading.Thread(target=self._work, args=(self._now, encoded, todo, done, stop), daemon=True).start()
+        for _ in range(min(self.settings.concurrency, n)):
+            threading.Thread(target=self._work, args=(served, ask, todo, done, stop), daemon=True).start()
         try:
-            for _ in range(len(encoded)):
+            for _ in range(n):
                 result = done.get()
                 if isinstance(result, BaseException):
                     raise result
-                yield [result]
+                yield result
         finally:
             stop.set()
-        for endpoint in self._now.at:
-            self._retrying(self._now, [endpoint], threading.Event(), lambda e: self._same(e, self._now))
 
-    def _work(self, served: _Served, encoded: Sequence[Encoded], todo: queue.SimpleQueue[int],
+    def _work(self, served: _Served, ask: Callable[[int, threading.Event], Any], todo: queue.SimpleQueue[int],
               done: queue.SimpleQueue[Any], stop: threading.Event) -> None:
-        """Score rows until there are none or someone says stop; what goes wrong is handed over like a result."""
+        """Ask until there is nothing left or someone says stop; what goes wrong is handed over like a result."""
         while not stop.is_set():
             try:
                 index = todo.get_nowait()
             except queue.Empty:
                 return
             try:
-                done.put((index, self._row(served, encoded[index], stop, index)))
+                done.put((index, ask(index, stop)))
             except Wrong as err:
-                done.put(_refused(str(served.at[0]), str(err), Exit.REMOTE))
+                done.put(_refused(served.at[0], str(err), Exit.REMOTE))
                 return
-            except BaseException as err:  # raised again by the reader, who would wait for this row for ever
+            except BaseException as err:  # raised again by the reader, who would wait for this answer for ever
                 done.put(err)
                 return
 
@@ -140,7 +167,15 @@ class ServerScorer:
                 endpoint.failed(err)
                 raise
 
-        return patiently(self.settings, stop, attempt)
+        return patiently(self.settings, stop, attempt, self._tell)
+
+    def _tell(self, text: str) -> None:
+        """Say that a request is repeated, once in a while: when a server is away, all of them are."""
+        with self._telling:
+            if time.monotonic() < self._quiet_until:
+                return
+            self._quiet_until = time.monotonic() + PLAIN_EVERY_S
+        self._notify(text)
 
     def _same(self, endpoint: Endpoint, served: _Served) -> None:
         """Raise ``UserError`` (remote) unless the model behind a name is the one that was probed before work."""
@@ -150,11 +185,12 @@ class ServerScorer:
                 raise Wrong(f"it serves {_list(names)} now, and no longer '{served.name}'")
             numbers = numbers_of(endpoint, served.name, self._probe)
         except Wrong as err:
-            raise _refused(str(endpoint), str(err), Exit.REMOTE) from None
-        gap = _gap(served.fingerprint, _plausible(numbers) or [])
-        if not _close(gap, self.dtype):
+            raise _refused(endpoint, str(err), Exit.REMOTE) from None
+        moved = _moved(served.fingerprint, _plausible(numbers) or [])
+        if not moved <= served.drift:
             raise UserError(f"Another model than before answers as '{served.name}' at {endpoint}: the known string's "
-                            f"log-probabilities moved by {gap[0]:.3g} nats per token.",
+                            f"log-probabilities moved by {moved:.3g} nats per token, and {served.drift:.2g} were "
+                            "allowed for.",
                             "What was finished is kept. Start the server with the same model again and repeat the "
                             "command.", Exit.REMOTE)
 
@@ -162,17 +198,21 @@ class ServerScorer:
         """Probe every model at every one of its endpoints, and see that no two models are the same one."""
         self._probe = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
         for served in self._served.values():
+            noises: list[float] = []
             for endpoint in served.at:
                 probe = _Probe(endpoint, served.name, self._probe, len(tokenizer), self.dtype)
                 try:
-                    numbers = patiently(self.settings, threading.Event(), lambda _, probe=probe: probe.run())
+                    numbers, noise = patiently(self.settings, threading.Event(), lambda _, probe=probe: probe.run())
                 except Wrong as err:
-                    raise _refused(str(endpoint), f"asked for '{served.name}', {err}", Exit.INCOMPATIBLE) from None
-                if served.fingerprint and not _close(_gap(served.fingerprint, numbers), self.dtype):
+                    raise _refused(endpoint, f"asked for '{served.name}', {err}", Exit.INCOMPATIBLE) from None
+                served.fingerprint = served.fingerprint or numbers
+                apart = _moved(served.fingerprint, numbers)
+                if not apart <= DRIFT_NATS[self.dtype]:
                     raise UserError(f"Different models answer as '{served.name}' at {served.at[0]} and {endpoint}.",
                                     "Start the servers with names of their own (vLLM: --served-model-name).",
                                     Exit.INCOMPATIBLE)
-                served.fingerprint = served.fingerprint or numbers
+                noises.append(max(noise, apart, self._noise(served, endpoint)))
+            served.drift = drift_allowed(self.dtype, max(noises))
         models = list(self._served.values())
         for k, one in enumerate(models):
             for other in models[:k]:
@@ -181,6 +221,25 @@ class ServerScorer:
                                     "does not tell its models apart.",
                                     "Serve members as adapters (vLLM: --enable-lora --lora-modules NAME=FOLDER) or at "
                                     "addresses of their own.", Exit.INCOMPATIBLE)
+
+    def _noise(self, served: _Served, endpoint: Endpoint) -> float:
+        """Return how far the probe's numbers move when it is sent many times at once, in nats per token.
+
+        A server computes these in one batch or a few, in which the same model does not give quite the same numbers.
+        """
+        def ask(_: int, stop: threading.Event) -> float:
+            again = self._retrying(served, [endpoint], stop, lambda e: numbers_of(e, served.name, self._probe))
+            return _moved(served.fingerprint, _plausible(again) or [])
+
+        return max(noise for _, noise in self._together(served, min(TOGETHER, self.settings.concurrency), ask))
+
+
+def drift_allowed(dtype: str, noise: float) -> float:
+    """Return how far a model's log-probabilities of the probe may move later, in nats per token.
+
+    ``noise`` is how far they were seen to move.
+    """
+    return min(DRIFT_NATS[dtype], max(NOISES * noise, LEAST_DRIFT_NATS.get(dtype, 0.03)))
 
 
 @dataclass
@@ -199,18 +258,19 @@ class _Probe:
     vocabulary: int
     dtype: str
 
-    def run(self) -> list[float]:
-        """Return the log-probabilities of ``ids[1:]``; raises ``Wrong``."""
+    def run(self) -> tuple[list[float], float]:
+        """Return the log-probabilities of ``ids[1:]`` and how far they have moved between 1 and 2; raises ``Wrong``."""
         first = self._scored(PROBE, self.ids)
         again = self._scored(self.ids, self.ids)
-        if not _close(_gap(first, again), self.dtype):
+        noise = _moved(first, again)
+        if not noise <= DRIFT_NATS[self.dtype]:
             raise Wrong("it gave other numbers for the same string sent as text and as token ids")
         token, own = generated(self.endpoint, self.name, self.ids)
         scored = self._scored([*self.ids, token], [*self.ids, token])[-1]
         if not abs(scored - own) <= max(0.01, 3 * DRIFT_NATS[self.dtype]):
             raise Wrong(f"it gave the token it chose itself {own:.3f} nats, and the same token in a prompt "
                          f"{scored:.3f}: these are not the log-probabilities of prompt tokens")
-        return again
+        return again, noise
 
     def _scored(self, prompt: str | list[int], ids: list[int]) -> list[float]:
         numbers = _plausible(numbers_of(self.endpoint, self.name, ids, prompt))
@@ -236,8 +296,10 @@ def _gap(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     return math.fsum(gaps) / len(gaps), max(gaps)
 
 
-def _close(gap: tuple[float, float], dtype: str) -> bool:
-    return gap[0] <= DRIFT_NATS[dtype] and gap[1] <= 10 * DRIFT_NATS[dtype]
+def _moved(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return by how many nats per token numbers differ: on average, or a tenth of the largest difference if more."""
+    mean, largest = _gap(one, other)
+    return max(mean, largest / 10)
 
 
 def _introduced(endpoint: Endpoint, settings: EngineSettings) -> list[dict[str, Any]]:
@@ -245,7 +307,7 @@ def _introduced(endpoint: Endpoint, settings: EngineSettings) -> list[dict[str, 
     try:
         return patiently(settings, threading.Event(), lambda _: models_at(endpoint))
     except Wrong as err:
-        raise _refused(str(endpoint), str(err), Exit.INCOMPATIBLE) from None
+        raise _refused(endpoint, str(err), Exit.INCOMPATIBLE) from None
 
 
 def _matched(models: Models, settings: EngineSettings, listed: Sequence[tuple[Endpoint, list[dict[str, Any]]]]
@@ -269,7 +331,7 @@ def _found(name: str, models: Models, listed: Sequence[tuple[Endpoint, list[dict
     at = [(e, m) for e, entries in listed for m in entries if m["id"] == name]
     if not at:
         everything = [str(m["id"]) for _, entries in listed for m in entries]
-        raise UserError(f"No server serves '{name}'; there are {_list(everything)}.",
+        raise UserError(f"No server serves '{name}'; there are {listed[0][0].cleaned(_list(everything))}.",
                         "Say which is which with --served-model NAME=MEMBER, once for each model.", Exit.INCOMPATIBLE)
     for endpoint, entry in at:
         longest = entry.get("max_model_len")
@@ -280,9 +342,10 @@ def _found(name: str, models: Models, listed: Sequence[tuple[Endpoint, list[dict
     return _Served(name, [endpoint for endpoint, _ in at])
 
 
-def _refused(endpoint: str, what: str, code: Exit) -> UserError:
-    return UserError(f"The server {endpoint} cannot be used: {what}.", DIALECT if code == Exit.INCOMPATIBLE else
-                     "What was finished is kept. Start the server as it was and repeat the command.", code)
+def _refused(endpoint: Endpoint, what: str, code: Exit) -> UserError:
+    hint = "What was finished is kept. Start the server as it was and repeat the command."
+    return UserError(f"The server {endpoint} cannot be used: {endpoint.cleaned(what)}.",
+                     DIALECT if code == Exit.INCOMPATIBLE else hint, code)
 
 
 def _list(names: Sequence[str]) -> str:
@@ -292,7 +355,7 @@ def _list(names: Sequence[str]) -> str:
 def _key(settings: EngineSettings) -> str:
     from curate.scorers.choose import EngineSettings as Defaults
 
-    key = os.environ.get(settings.api_key_env, "")
+    key = key_in(settings.api_key_env)
     if not key and settings.api_key_env != Defaults.api_key_env:
         raise UserError(f"The environment variable {settings.api_key_env} holds no key.",
                         f"Set it: export {settings.api_key_env}=...", Exit.ENVIRONMENT)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -13,6 +14,8 @@ from urllib.parse import urlsplit
 import openai
 
 from curate.core.errors import Exit, UserError
+from curate.core.keys import without_key
+from curate.core.terminal import say
 from curate.scorers import is_logprob
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ class Passing(Exception):
         super().__init__(what)
         self.wait_s = wait_s
         self.hung = hung
+
+
+class _Late(BaseException):
+    """An answer has not ended in time. Not an ``Exception``, so that no version of the client makes it into another."""
 
 
 class Wrong(Exception):
@@ -72,12 +79,36 @@ class Endpoint:
 
     @classmethod
     def at(cls, url: str, key: str, timeout_s: float) -> Endpoint:
-        """Return an address with a client that tries nothing twice: ``patiently`` is the one that repeats."""
+        """Return an address with a client that tries nothing twice: ``patiently`` is the one that repeats.
+
+        ``timeout_s`` is for connecting, for every piece of an answer, and from the request to the answer's end.
+        """
+        def begun(request: Any) -> None:
+            request.extensions["ends"] = time.monotonic() + timeout_s
+
         url = address(url)
-        return cls(url, openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout_s))
+        client = openai.DefaultHttpxClient(event_hooks={"request": [begun], "response": [_bounded]})
+        return cls(url, openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout_s, http_client=client))
 
     def __str__(self) -> str:
         return self.url
+
+    def cleaned(self, text: str) -> str:
+        """Return what was said here in one line, without the key, should it be among it."""
+        return " ".join(without_key(text, self.client.api_key).split())
+
+
+def _bounded(response: Any) -> None:
+    """Let the reading of an answer end at its deadline, however slowly it trickles in."""
+    read, ends = response.iter_raw, response.request.extensions["ends"]
+
+    def pieces(chunk_size: int | None = None) -> Iterator[bytes]:
+        for piece in read(chunk_size):
+            if time.monotonic() > ends:
+                raise _Late
+            yield piece
+
+    response.iter_raw = pieces
 
 
 def numbers_of(endpoint: Endpoint, name: str, ids: Sequence[int], prompt: str | list[int] | None = None
@@ -158,12 +189,14 @@ def _sent(endpoint: Endpoint, request: Callable[[], Any]) -> Any:
     """Return what a request gives; its failures become ``Passing`` or a ``UserError`` that says what to do."""
     try:
         return request()
+    except _Late:
+        raise Passing(f"no whole answer from {endpoint} in time", hung=True) from None
     except openai.APITimeoutError:
         raise Passing(f"no answer from {endpoint} in time", hung=True) from None
     except openai.APIConnectionError as err:
-        raise Passing(f"no connection to {endpoint}: {err.__cause__ or err}") from None
+        raise Passing(f"no connection to {endpoint}: {endpoint.cleaned(str(err.__cause__ or err))}") from None
     except openai.APIStatusError as err:
-        status, said = err.status_code, _said(err, endpoint.client.api_key)
+        status, said = err.status_code, endpoint.cleaned(str(err.message))[:200].rstrip(".")
         if status in (408, 409, 429) or status >= 500:
             raise Passing(f"{endpoint} answered {status}: {said}", _retry_after(err)) from None
         if status in (401, 403):
@@ -178,11 +211,6 @@ def _sent(endpoint: Endpoint, request: Callable[[], Any]) -> Any:
                         Exit.INCOMPATIBLE) from None
 
 
-def _said(err: openai.APIStatusError, key: str) -> str:
-    """Return the server's words without the key, should it have put it among them."""
-    return " ".join(str(err.message).replace(key, "(the key)").split())[:200].rstrip(".")
-
-
 def _retry_after(err: openai.APIStatusError) -> float | None:
     """Return the seconds that the server asks to wait, where it does."""
     try:
@@ -191,8 +219,12 @@ def _retry_after(err: openai.APIStatusError) -> float | None:
         return None
 
 
-def patiently(settings: EngineSettings, stop: threading.Event, attempt: Callable[[int], Any]) -> Any:
-    """Return ``attempt(0)``, or of later numbers after failures that pass; then ``UserError`` (remote)."""
+def patiently(settings: EngineSettings, stop: threading.Event, attempt: Callable[[int], Any],
+              tell: Callable[[str], None] = say) -> Any:
+    """Return ``attempt(0)``, or of later numbers after failures that pass; then ``UserError`` (remote).
+
+    The first repetition is told.
+    """
     hung, number, last = 0, 0, Passing("nothing was tried")
     for number in range(settings.retries + 1):
         try:
@@ -202,6 +234,8 @@ def patiently(settings: EngineSettings, stop: threading.Event, attempt: Callable
             last = err
         if hung >= TIMEOUTS or number == settings.retries:
             break
+        if number == 0:
+            tell(f"{last}; trying again, up to {settings.retries} times.")
         pause = min(LONGEST_WAIT_S, settings.backoff_s * 2**number) * random.uniform(0.75, 1.25)
         if stop.wait(pause if last.wait_s is None else last.wait_s):
             break

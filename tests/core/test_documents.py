@@ -131,6 +131,9 @@ def test_kind_version_and_unknown_fields_are_refused_even_when_signed(document: 
         type(document).from_body(signed({**body, "extra": 1}))
     with pytest.raises(UserError, match="has version 2; this safeset reads 1") as caught:
         type(document).from_body(signed({**body, "version": 2}))
+    with pytest.raises(UserError, match="was changed after it was written") as torn:
+        type(document).from_body({**body, "version": 2})
+    assert torn.value.exit_code == Exit.INTEGRITY
     assert caught.value.exit_code == Exit.INCOMPATIBLE
     for other in (signed({**body, "kind": "safeset.other"}), [], "text", None):
         with pytest.raises(UserError, match=f"is not a {document.KIND} document"):

@@ -192,12 +192,12 @@ def full_disk(root: Path, disk: Path, step: int = 1) -> Outcome:
 
 
 def damage_one(target: Path, how: str, dice: random.Random) -> None:
-    """Cut a file somewhere, or flip one of its bits."""
+    """Cut at least two bytes off a file (the last may be a line's end), or flip one of its bits."""
     data = bytearray(target.read_bytes())
     if how == "flip":
         data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
     else:
-        del data[dice.randrange(len(data)):]
+        del data[dice.randrange(len(data) - 1):]
     target.write_bytes(data)
 
 
@@ -208,12 +208,16 @@ def damaged(root: Path, how: str, n: int) -> Outcome:
     noticed = wrong = 0
     targets = [p.relative_to(root / "whole") for folder in ("parts", "ledger")
                for p in sorted((root / "whole" / folder).iterdir())]
+    targets += [p.relative_to(root / "whole") for p in sorted((root / "whole").rglob("*.json")) if
+                p.parent.name != "ledger"]
     for number in range(n):
         store = root / f"{how}-{number}"
         shutil.copytree(root / "whole", store)
         damage_one(store / dice.choice(targets), how, dice)
         try:
-            connect(Store.open_read(store), 0.1, None)
+            opened = Store.open_read(store)
+            connect(opened, 0.1, None)
+            assert opened.plan
         except UserError as err:
             noticed += err.exit_code == Exit.INTEGRITY
         check_equal(store, root / "digest")

@@ -27,7 +27,7 @@ class Stub:
     """Serves ``models`` (name -> c) on loopback.
 
     ``twist(choice, body)`` changes an answer in place; ``row(number)`` may misbehave at the number-th request about a
-    row (from 1): return a status, ``hang`` or ``die``, or None for the ordinary answer.
+    row (from 1): return a status, ``hang``, ``trickle`` or ``die``, or None for the ordinary answer.
     """
 
     tokenizer: Any
@@ -98,6 +98,8 @@ class Stub:
             elif fault == "hang":
                 time.sleep(3)
                 handler.connection.close()
+            elif fault == "trickle":
+                _trickle(handler)
             elif isinstance(fault, int):
                 _answer(handler, fault, {"message": "the stub was told to"})
             elif body["model"] not in self.models:
@@ -120,6 +122,19 @@ class Stub:
                                                  for t in range(1, len(ids)))]
         self.twist(choice, body)
         return choice
+
+
+def _trickle(handler: BaseHTTPRequestHandler) -> None:
+    """Send an answer of a hundred bytes, one every 20 ms."""
+    try:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.02)
+    except OSError:
+        pass
 
 
 def _answer(handler: BaseHTTPRequestHandler, status: int, body: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from curate.select import Choice, build_manifest
 from curate.store import Store
 from tests.conftest import ROOT
 from tests.curate.runs import tiny_ensemble
-from tests.fakes import tiny_model, tiny_rows, write_rows
+from tests.fakes import tiny_adapter, tiny_model, tiny_rows, write_rows
 
 
 class Row(NamedTuple):
@@ -88,7 +89,7 @@ class MadeUpRay:
 
 
 def fine(ray: MadeUpRay, worker: str, method: str, *given: Any) -> Any:
-    return [AnswerNll(1.0, 2, None, "ok")] * len(given[1]) if method == "score" else True
+    return ([AnswerNll(1.0, 2, None, "ok")] * len(given[1]), []) if method == "score" else True
 
 
 def run(ray: MadeUpRay, n_chunks: int = 5) -> list[Chunk]:
@@ -155,7 +156,8 @@ def test_workers_that_never_begin_end_the_run() -> None:
 
 @pytest.mark.parametrize(("raised", "words", "code"), [
     (UserError("The model 'x' could not be loaded.", "Give a folder.", Exit.ENVIRONMENT), "could not be", 6),
-    (ModuleNotFoundError("No module named 'peft'"), "lacks what this one has: No module named 'peft'", 6)])
+    (ModuleNotFoundError("No module named 'peft'"), "lacks what this one has: No module named 'peft'", 6),
+    (OSError(28, "No space left on device"), "A node of the cluster cannot go on: .*No space left", 6)])
 def test_what_a_worker_says_is_what_the_user_reads(raised: Exception, words: str, code: int) -> None:
     def broken(ray: MadeUpRay, worker: str, method: str, *given: Any) -> Any:
         if method == "open":
@@ -165,6 +167,47 @@ def test_what_a_worker_says_is_what_the_user_reads(raised: Exception, words: str
     with pytest.raises(UserError, match=words) as caught:
         run(MadeUpRay(4, broken))
     assert caught.value.exit_code == code
+
+
+def test_what_a_worker_notes_is_said_here(capsys: pytest.CaptureFixture[str]) -> None:
+    class Tight:
+        def member(self, adapter: Path | None) -> Any:
+            return nullcontext()
+
+        def score(self, encoded: Sequence[Row], notify: Callable[[str], None]) -> Iterator[list[tuple[int, AnswerNll]]]:
+            notify("out of memory: going on with half the batch")
+            yield [(k, AnswerNll(1.0, 2, None, "ok")) for k in range(len(encoded))]
+
+    opening = Opening(EngineSettings("transformers"), Models("base", "base", {}, "float32", "cpu", 99))
+    engine = cluster._Engine(opening, {"m": "base"}, {"m": None})
+    engine._scorer, engine._folders = Tight(), {"m": None}
+
+    def real(ray: MadeUpRay, worker: str, method: str, *given: Any) -> Any:
+        return engine.score(*given) if method == "score" else True
+
+    assert len(run(MadeUpRay(2, real), 2)) == 2
+    assert capsys.readouterr().err.count("A worker, base: out of memory: going on with half the batch") == 2
+
+
+def test_the_engine_of_a_cluster_is_said_and_refuses_adapters_that_it_cannot_take(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cluster, "require", lambda *_: None)
+    monkeypatch.setattr(OnRay, "_connected", lambda self: SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0}))
+
+    def settled(adapters: dict[str, Path], **engine: Any) -> str:
+        return OnRay("auto").settle(EngineSettings(**engine), "float32", "auto", adapters)[0].name
+
+    model = tiny_model(tmp_path / "tiny")
+    adapters = {"m0": tiny_adapter(model, tmp_path / "m0", seed=1),
+                "head": tiny_adapter(model, tmp_path / "head", seed=2, target_modules=["q_proj", "lm_head"])}
+    assert settled(adapters) == "transformers"
+    assert "Engine: transformers (with --ray vLLM is taken only when it is named" in capsys.readouterr().err
+    assert settled({"m0": adapters["m0"]}, name="vllm") == "vllm" and capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="vLLM cannot take the adapter of 'head'") as caught:
+        settled(adapters, name="vllm")
+    assert caught.value.exit_code == Exit.INCOMPATIBLE
+    with pytest.raises(UserError, match="A server computes by itself"):
+        settled({}, base_urls=("http://x/v1",))
 
 
 def test_no_room_is_said_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

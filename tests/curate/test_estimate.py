@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 import curate.chunks as chunks
+import curate.estimate as estimating
 import curate.score as scoring
-from curate.chunks import Chunk, Shard
+from curate.chunks import Chunk, Here, Opening, Shard, Work
 from curate.cli import main
-from curate.core.errors import UserError
+from curate.core.errors import Exit, UserError
+from curate.core.terminal import Progress
 from curate.corpora import open_corpus
-from curate.estimate import Speed, Timing, estimate, samples, seconds, speed_at, spread
+from curate.estimate import (
+    Estimate,
+    Speed,
+    Timing,
+    calibrate,
+    estimate,
+    lines,
+    samples,
+    seconds,
+    speed_at,
+    spread,
+)
 from curate.score import ScoreJob, ensemble_members, score
+from curate.scorers.choose import EngineSettings, Models
 from curate.store import Store
 from tests.curate.runs import tiny_ensemble
 from tests.fakes import tiny_model, tiny_rows, write_rows
@@ -38,6 +57,56 @@ def test_time_adds_up() -> None:
     pure = 20 / 200 + 2 * 10 / 100 + 30 / 160 + 15 / 150
     assert seconds(timing, [aligned, member, []]) == pytest.approx(7 + 5 + pure + (4.5 * 1.5 + 3))
     assert seconds(timing, [[], []]) == 12
+    checked = replace(timing, check_s=0.25)
+    assert seconds(checked, [aligned, member, []]) == pytest.approx(seconds(timing, [aligned, member, []]) + 3 * 0.25)
+
+
+def test_what_ends_a_chunk_is_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    scorer = SimpleNamespace(checked_s=0.0)
+
+    def results(self: Here, work: Work) -> Iterator[tuple[Chunk, list[Any]]]:
+        clock[0] += 7.0  # loads
+        work.check(scorer, "m")
+        for one in work.chunks:
+            clock[0] += one.n_tokens / 100 + 2.0
+            scorer.checked_s += 2.0
+            yield one, []
+
+    monkeypatch.setattr(Here, "results", results)
+    monkeypatch.setattr(estimating, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    opening = Opening(EngineSettings("server"), Models("base", "base", {}, "served", "cpu", 99))
+    chosen = samples([chunk(*range(80, 0, -1))], ["m", "n"], 100)
+    work = Work(opening, {"m": "base"}, {"m": None}, chosen, lambda one: [], Progress("Calibrating", 1, "tokens"))
+    timing = calibrate(work, 1.0)
+    assert timing.check_s == pytest.approx(2.0) and timing.load_s == pytest.approx(7.0)
+    assert timing.slowdown == pytest.approx(1.0) and (timing.ram_bytes, timing.gpu_bytes) == (None, None)
+    assert all(speed.tokens_per_s == pytest.approx(100) for speed in timing.speeds)
+    shown = Estimate(1, {}, {}, spread([]), {}, None, None, ("memory", "GPU memory"), [], 0.0, None)
+    assert [row[1] for row in lines(shown) if "memory" in row[0]] == ["not measured"] * 2
+    assert not any("memory" in row[0] for row in lines(replace(shown, unseen=())))
+
+
+def test_a_dry_run_of_a_damaged_store_counts_what_would_be_scored_again(
+        tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 3)
+    write_rows(tmp_path / "pool.jsonl", tiny_rows(7, "pool"))
+    alone = ScoreJob(corpora=[open_corpus(str(tmp_path / "pool.jsonl"))], store=tmp_path / "scores",
+                     aligned=str(model), dtype="float32", device="cpu", max_tokens=60)
+    score(alone)
+    part = min((tmp_path / "scores" / "parts").glob("nll-*"))
+    lost = pq.read_metadata(part).num_rows
+    part.write_bytes(part.read_bytes()[:-1])
+    said = estimate(alone)
+    assert said.to_compute == {"tiny": lost} and "1 damaged files would be put aside" in capsys.readouterr().err
+    assert score(alone).models == said.to_compute
+
+
+def test_a_dry_run_is_not_for_a_cluster(tmp_path: Path, model: Path) -> None:
+    write_rows(tmp_path / "pool.jsonl", tiny_rows(2, "pool"))
+    done = CliRunner().invoke(main, ["score", "--corpus", str(tmp_path / "pool.jsonl"), "--aligned", str(model),
+                                     "--dry-run", "--ray", "auto"])
+    assert done.exit_code == Exit.USAGE and "without --ray on a machine like the workers" in done.stderr
 
 
 def test_lengths_are_summed_up() -> None:
@@ -53,6 +122,9 @@ def test_samples_are_spread_over_lengths_and_small() -> None:
     assert [c.lengths for c in bands] == [(80,), (60, 50), (40, 34, 27), tuple(range(20, 0, -2))]
     assert found[5].lengths == bands[2].lengths == found[6].lengths
     assert len(samples([chunk(5, 4)], ["m"], 100)) == 3
+    many = samples([chunk(*range(80, 0, -1))], ["m"], limit=100, fewest=6)
+    assert [len(c.ids) for c in many[1:]] == [6, 6, 6, 10]
+    assert [len(c.ids) for c in samples([chunk(*range(12, 0, -1))], ["m"], 1, fewest=6)] == [3] * 5
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,12 +21,14 @@ from curate.cli import main
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.refs import load_tokenizer
+from curate.core.terminal import Progress
 from curate.corpora import open_corpus
 from curate.query import connect
 from curate.score import ScoreJob, Summary, score
 from curate.scorers import FLOOR, evidence
 from curate.scorers.choose import EngineSettings, Models, choose, engine_dtype
 from curate.scorers.server import ServerScorer
+from curate.scorers.wire import Endpoint, Passing, _sent
 from curate.store import Store
 from tests.curate.runs import tiny_run
 from tests.curate.stub_server import Stub, rule
@@ -115,10 +120,14 @@ def test_copies_of_a_server_share_the_rows_and_must_be_copies(tmp_path: Path, mo
     copy.stop()
 
 
-def test_no_more_requests_at_once_than_allowed(tmp_path: Path, model: Path, stub: Stub) -> None:
+def test_no_more_requests_at_once_than_allowed_and_their_number_is_said(
+        tmp_path: Path, model: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     stub.delay_s = 0.02
+    noted: list[str] = []
+    monkeypatch.setattr(Progress, "advance", lambda self, amount, note: noted.append(note.rpartition(", ")[2]))
     run(tmp_path, model, None, settings(stub, concurrency=3))
     assert stub.most_at_once == 3
+    assert noted == [f"{n} at once" for n in (3, 3, 3, 2, 1) * 2 + (3, 2, 1)]
 
 
 # Servers that answer something else
@@ -225,8 +234,14 @@ def test_names_contexts_and_keys_are_checked_before_work(tmp_path: Path, model: 
     assert "--max-tokens 399" in refused("takes 400 tokens").hint
     stub.entries, stub.key = {}, "a-b-c"
     monkeypatch.setenv("SAFESET_API_KEY", "x-y-z")
-    err = refused(r"refuses the key \(401\)")
-    assert err.exit_code == Exit.REMOTE and "x-y-z" not in err.message + err.hint
+    for key in ("x-y-z", "x-y-z\n", "x'y\\z"):
+        monkeypatch.setenv("SAFESET_API_KEY", key)
+        err = refused(r"refuses the key \(401\): .*\[key\]")
+        assert err.exit_code == Exit.REMOTE and key.strip() not in err.message + err.hint
+    for key in ("sk-\u00e9", "sk-\r\nx"):
+        monkeypatch.setenv("SAFESET_API_KEY", key)
+        err = refused("variable SAFESET_API_KEY has characters that no key has")
+        assert err.exit_code == Exit.ENVIRONMENT and "sk-" not in err.message + err.hint
     monkeypatch.setenv("SAFESET_API_KEY", "a-b-c")
     assert run(tmp_path, model, member, settings(stub)).counts == {"ok": N_ROWS}
 
@@ -312,6 +327,33 @@ def test_a_server_that_comes_back_must_be_the_same(tmp_path: Path, model: Path, 
     assert all(truth[key] == value for key, value in stored(tmp_path).items())
 
 
+@pytest.mark.parametrize(("dtype", "noise", "shift", "same"), [
+    ("served", 0.0, 0.02, True), ("served", 0.0, 0.05, False), ("served", 0.02, 0.07, True),
+    ("served", 0.02, 0.1, False), ("served", 1.0, 0.2, False), ("float32", 0.0, 0.002, False)])
+def test_a_near_miss_is_told_by_how_far_the_servers_own_numbers_move(
+        model: Path, stub: Stub, dtype: str, noise: float, shift: float, same: bool) -> None:
+    def moved(by: Callable[[], float]) -> None:
+        def twist(choice: dict[str, Any], body: dict[str, Any]) -> None:
+            amount = by() if isinstance(body["prompt"], list) and body.get("prompt_logprobs") is not None else 0.0
+            for entry in choice.get("prompt_logprobs", [None])[1:]:
+                next(iter(entry.values()))["logprob"] -= amount
+
+        stub.twist = twist
+
+    sent = itertools.count()
+    moved(lambda: noise if next(sent) > 2 else 0.0)  # after the probe: when it is sent many times at once
+    here = replace(models(model), dtype=dtype)
+    with ServerScorer.connected(here, settings(stub)) as scorer:
+        moved(lambda: shift)
+        encoded = encode(stub.tokenizer, tiny_rows(1, "pool"), 400)
+        if same:
+            assert len(list(scorer.score(encoded))) == 1
+            return
+        with pytest.raises(UserError, match="Another model than before answers as 'tiny'") as err:
+            list(scorer.score(encoded))
+        assert err.value.exit_code == Exit.REMOTE
+
+
 def test_a_swap_that_no_request_noticed_keeps_its_chunk_out(tmp_path: Path, model: Path, stub: Stub) -> None:
     def swap(number: int) -> None:
         if number == 7:
@@ -370,6 +412,25 @@ def test_a_hanging_server_is_given_up(tmp_path: Path, model: Path, stub: Stub) -
         run(tmp_path, model, None, settings(stub, timeout_s=0.3))
     assert err.value.exit_code == Exit.REMOTE and len(stored(tmp_path)) == 5
 
+
+def test_an_answer_that_trickles_in_is_given_up_and_repetitions_are_told(
+        tmp_path: Path, model: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    stub.row = lambda number: "trickle"
+    with pytest.raises(UserError, match=r"given up after 3 tries: no whole answer from .* in time"):
+        run(tmp_path, model, None, settings(stub, timeout_s=0.1))
+    assert capsys.readouterr().err.count("in time; trying again, up to 5 times.") == 1
+
+
+def test_a_key_that_an_error_repeats_is_taken_out(stub: Stub) -> None:
+    endpoint = Endpoint.at(stub.url, "sk-'secret\\", 1.0)
+    said = f"b'Bearer sk-' {endpoint.client.api_key!r} {json.dumps(endpoint.client.api_key)} sk-'secret\\"
+    assert "secret" not in endpoint.cleaned(said) and endpoint.cleaned("a  b\n") == "a b"
+
+    def broken() -> None:
+        raise openai.APIConnectionError(request=None) from ValueError(f"Illegal header value {endpoint.client.api_key}")
+
+    with pytest.raises(Passing, match=r"no connection to .*: Illegal header value \[key\]$"):
+        _sent(endpoint, broken)
 
 # What is chosen, and what counts as a number
 

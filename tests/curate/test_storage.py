@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -129,12 +130,47 @@ def test_damaged_objects_are_refused_put_aside_and_written_again(tmp_path: Path,
     data = bytearray(Objects(bucket).get(f"parts/{part}"))
     data[len(data) // 2] ^= 8
     Objects(bucket).put(f"parts/{part}", bytes(data))
+    assert [f.path for f in Store.audit(bucket)[0]] == [f"parts/{part}"], "whatever copy there is here"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     with pytest.raises(UserError, match=rf"{part}: the part's sha256") as caught:
         connect(Store.open_read(bucket), 0.1, None)
     assert caught.value.exit_code == Exit.INTEGRITY
     assert fill(bucket) == [f"parts/{part}"]
     assert Store.open_read(bucket).evidence_digest() == digest and Store.audit(bucket)[0] == []
+
+
+def test_a_writer_with_good_copies_mends_objects_that_were_put_again(bucket: str,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(bucket)
+    names = sorted(Objects(bucket).listed("parts"))
+    data = Objects(bucket).get(f"parts/{names[0]}")
+    Objects(bucket).put(f"parts/{names[0]}", data[:-1] + bytes([data[-1] ^ 8]))
+    plain, later = ObjectStorage.listed, {names[0]: 99.0, names[1]: 99.0}  # S3's clock shows whole seconds
+
+    def listed(self: ObjectStorage, folder: str = "") -> dict[str, objects.Listed]:
+        return {name: objects.Listed(found.size, later.get(name, 1.0)) for name, found in plain(self, folder).items()}
+
+    monkeypatch.setattr(ObjectStorage, "listed", listed)
+    assert fill(bucket) == [f"parts/{names[0]}"] and fill(bucket) == [] and Store.audit(bucket)[0] == []
+
+
+def test_a_local_disk_that_refuses_is_no_lost_connection(tmp_path: Path, bucket: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    Objects(bucket).put("pool.jsonl", b'{"prompt": "a", "response": "b"}\n')
+
+    def full(remote: str, local: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Objects(bucket)._files, "get_file", full)
+        with pytest.raises(UserError, match=r"No copies of objects can be kept in .*: No space left") as caught:
+            open_corpus(f"{bucket}/pool.jsonl")
+        assert caught.value.exit_code == Exit.ENVIRONMENT
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="No copies of objects can be kept") as caught:
+        open_corpus(f"{bucket}/pool.jsonl")
+    assert caught.value.exit_code == Exit.ENVIRONMENT
 
 
 def test_a_corpus_at_a_url_is_pinned_by_its_content(bucket: str, tmp_path: Path) -> None:

@@ -21,13 +21,15 @@ import pytest
 from curate.core.errors import Exit, UserError
 from curate.parts import NLL_SCHEMA
 from curate.query import connect
-from curate.records import Plan, ScoredModel, corpus_key
+from curate.records import HEADER_COPY, Plan, ScoredModel, corpus_key
+from curate.storage import storage_at
 from curate.store import Store
 from tests.curate.evidence import (
     BASE,
     KEY,
     MEDICAL,
     MODELS,
+    SCORED,
     SECURITY,
     SOURCE,
     WANTED,
@@ -329,9 +331,31 @@ def test_spoilt_documents_are_put_aside_and_written_anew(tmp_path: Path, whole: 
     older = type("Older", (Plan,), {"VERSION": 1})
     (path / "plan.json").write_bytes(older(corpora=(), n_rows=0, counts={}).to_bytes())
     assert refusal(lambda: Store.open_read(path).plan).exit_code == Exit.INCOMPATIBLE and fill(path) == ["plan.json"]
-    (path / "store.json").write_bytes(b"{")
-    assert refusal(lambda: Store.create_or_open(path, header())).exit_code == Exit.INTEGRITY
-    assert [f.path for f in Store.audit(path)[0]] == ["store.json"]
+
+
+@pytest.mark.parametrize("place", ["folder", "objects"])
+def test_a_spoilt_header_is_restored_from_its_copy_and_the_other_way_round(
+        tmp_path: Path, place: str, request: pytest.FixtureRequest) -> None:
+    where = tmp_path / "s" if place == "folder" else request.getfixturevalue("bucket")
+    fill(where, SCORED)
+    storage = storage_at(where)
+    good = storage.get("store.json")
+    assert storage.get(HEADER_COPY) == good
+    for name in ("store.json", HEADER_COPY):
+        storage.put(name, good.replace(b'"version": 1', b'"version": 3'))
+        assert storage.get(name) != good
+        assert [f.path for f in Store.audit(where)[0]] == [name]
+        if name == "store.json":
+            refused = refusal(lambda: Store.open_read(where))
+            assert refused.exit_code == Exit.INTEGRITY and "curate score" in refused.hint
+        assert fill(where, SCORED) == [name]
+        assert storage.get("store.json") == storage.get(HEADER_COPY) == good and Store.audit(where)[0] == []
+    storage.delete(HEADER_COPY)
+    assert Store.audit(where)[0] == [] and fill(where, SCORED) == [] and storage.get(HEADER_COPY) == good
+    for name in ("store.json", HEADER_COPY):
+        storage.put(name, b"{")
+    assert refusal(lambda: Store.create_or_open(where, header())).exit_code == Exit.INTEGRITY
+    assert [f.path for f in Store.audit(where)[0]] == [HEADER_COPY, "store.json"]
 
 
 def test_leftovers_of_a_cut_write_count_for_nothing(tmp_path: Path, whole: Path) -> None:

@@ -415,6 +415,26 @@ def test_the_key_is_in_the_header_and_nowhere_else(stub: Stub, tmp_path: Path, c
     assert all(KEY not in json.dumps(body) for body in stub.seen)
 
 
+@pytest.mark.parametrize("spoilt", ["sk-\u00e9", "sk-a\r\nb", "sk-\x7f"], ids=ascii)
+def test_a_key_that_no_header_can_carry_is_refused_and_not_said(spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = Address("m", "http://127.0.0.1:9/v1", "SAFESET_TEST_KEY")
+    monkeypatch.setenv("SAFESET_TEST_KEY", f" {KEY}\n")
+    assert address.key() == KEY
+    monkeypatch.setenv("SAFESET_TEST_KEY", spoilt)
+    with pytest.raises(UserError, match="variable SAFESET_TEST_KEY has characters that no key has") as caught:
+        address.key()
+    assert caught.value.exit_code == Exit.ENVIRONMENT and "sk-" not in caught.value.message + caught.value.hint
+
+
+def test_a_key_is_taken_out_of_a_complaint_before_it_is_cut_short(stub: Stub, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUB_KEY", f"sk-{'x' * 300}")
+    stub.faults = [500] * 99
+    with pytest.raises(UserError, match=r"HTTP 500, no .Bearer .key") as caught:
+        grader(stub, tmp_path, max_retries=0).grade_all(asks(1))
+    assert "sk-" not in caught.value.message
+
+
 def test_sigterm_ends_the_judge_at_once(stub: Stub, tmp_path: Path) -> None:
     """Raised in a task, the command line's exception would be one grade's trouble, and the others would go on."""
     before = signal.signal(signal.SIGTERM, _terminate)
