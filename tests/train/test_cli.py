@@ -119,7 +119,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no base": (["run", "--mix", "MIX", "--out", "OUT"], 2, "names no base model"),
     "wrong number": (["run", "--mix", "MIX", "--out", "OUT", "--base", "BASE", "--lr", "-1"], 2, "must lie between"),
     "no number": (["run", "--mix", "MIX", "--out", "OUT", "--base", "BASE", "--lr", "x"], 2, "not a valid float"),
-    "unknown base": (["run", "--mix", "MIX", "--out", "OUT", "--base", "gone/nowhere"], 6, "could not be loaded"),
+    "unknown base": (["run", "--mix", "MIX", "--out", "OUT", "--base", "gone/nowhere"], 7, "could not be loaded"),
     "unknown defence": (["run", "--mix", "MIX", "--out", "OUT", "--base", "BASE", "--defense", "zz"], 2,
                         "Unknown defence 'zz'"),
     "forged": (["run", "--mix", "FORGED", "--out", "OUT", "--base", "gone/nowhere"], 4, "was changed"),

@@ -43,7 +43,8 @@ def test_prompts_come_in_every_shape(tmp_path: Path, row: Any, answer: str | Non
 def test_columns_can_be_named_and_thinking_be_stripped(tmp_path: Path) -> None:
     found = prompts(tmp_path, {"q": "Why? /no_think"}, mapping={"prompt": "q", "response": "a"}, strip=True)
     assert found == [ASKED]
-    assert prompts(tmp_path, {"q": "Why?", "answer": "So."}, mapping={"prompt": "q"})[0].columns == {"answer": "So."}
+    row = {"q": "Why?", "answer": "So.", "level": 2}
+    assert prompts(tmp_path, row, mapping={"prompt": "q"}) == [Prompt((Message("user", "Why?"),), "So.", {"level": 2})]
     row = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why? /no_think"},
                         {"role": "assistant", "content": "<think>\n\n</think>\n\nSo."}]}
     one, = prompts(tmp_path, row, strip=True)
