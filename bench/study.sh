@@ -6,6 +6,7 @@
 #   bench/study.sh DATA OUT audit            # what `curate audit` is tested on, under the same models
 #   bench/study.sh DATA OUT runs security    # all conditions of one fine-tuning set: mixed and trained
 #   bench/study.sh DATA OUT judge security   # those that are trained, judged
+#   bench/study.sh DATA OUT cards security   # their manifests and run cards, copied to docs/study/runs
 #   python -m bench.audit table OUT/audit-stores
 #   python -m bench.study.scores OUT/scores; python -m bench.study.training OUT/runs/security     # the tables
 #
@@ -97,6 +98,19 @@ judge_all() {
   done
   run judge run "${models[@]}" --in-domain "pairs/in-$DOMAIN.jsonl" --in-domain "pairs/unseen-$unseen.jsonl" \
     --in-domain "pairs/context-$DOMAIN.jsonl" --samples 24 --max-new-tokens 32 --items 90 --dtype float32
+}
+
+cards() {
+  local name kept=$HERE/docs/study/runs/$DOMAIN
+  mkdir -p "$kept"
+  for card in runs/"$DOMAIN"/*/run.json; do
+    name=$(basename "$(dirname "$card")")
+    cp "$card" "$kept/$name.run.json"
+    case $name in
+      *-opswap) cp "mixes/$DOMAIN/$name.json" "$kept/$name.mix.json" ;;
+      *) cp "mixes/$DOMAIN/$name-customer-$DOMAIN.json" "$kept/$name.mix.json" ;;
+    esac
+  done
 }
 
 case $STAGE in judge) judge_all ;; *) "$STAGE" ;; esac

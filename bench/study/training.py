@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.study.scores import markdown
-from curate.core.documents import Verdicts
+from curate.core.documents import RunCard, Verdicts
 from judge.findings import key_of, nll_limit
 from judge.intervals import Estimate, Values, difference, mean
 from judge.rule import Rule
@@ -75,6 +75,8 @@ def title(seeds: Sequence[Verdicts]) -> str:
     """Return a condition's name: label, share of safe rows, number of seeds."""
     method = seeds[0].method
     dose = "" if method is None or method.frac is None else f", {method.frac:.0%}"
+    if method is not None and method.min_answer_tokens > 1:
+        dose += f", answers of {method.min_answer_tokens} tokens or more"
     return f"{seeds[0].label}{dose}" + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
 
 
@@ -91,6 +93,16 @@ def read(folder: Path) -> list[list[Verdicts]]:
     """Return the verdicts below ``folder``, seeds together."""
     paths = [*folder.glob("*verdicts.json"), *folder.glob("*/verdicts.json")]
     return grouped([Verdicts.read(path) for path in sorted(paths)])
+
+
+def doses(folder: Path) -> str:
+    """Return how much was trained on in each run: rows, answer tokens, and how many of them are not the customer's."""
+    cards = {path.parent.name: RunCard.read(path) for path in sorted(folder.glob("*/run.json"))}
+    plain = cards["none"].n_trained_tokens
+    return markdown(["run", "fine-tuning rows", "safe rows", "answer tokens trained on", "of these safe"], [
+        [name, str(card.n_finetune), str(card.n_safe), f"{card.n_trained_tokens:,}",
+         f"{card.n_trained_tokens - plain:,} ({1 - plain / card.n_trained_tokens:.1%})"]
+        for name, card in cards.items() if not name.endswith("-opswap")])
 
 
 def table(groups: Sequence[Sequence[Verdicts]], cells: Mapping[str, Callable[[Sequence[Verdicts]], str]]) -> str:
@@ -112,12 +124,11 @@ def shrinks(groups: Sequence[Sequence[Verdicts]]) -> str:
     return table(groups, {name: cell(kind) for kind, name in SETS.items()})
 
 
-def differences(groups: Sequence[Sequence[Verdicts]]) -> str:
-    """Return how much less than without a defence each model's margin has shrunk, by kind of question."""
-    none = groups[1]
-    cells = {f"kept, {name}": (lambda seeds, kind=kind: shown(difference(margins(seeds, kind), margins(none, kind))))
+def differences(groups: Sequence[Sequence[Verdicts]], other: Sequence[Verdicts]) -> str:
+    """Return how much less than that of ``other`` each model's margin has shrunk, by kind of question."""
+    cells = {f"kept, {name}": (lambda seeds, kind=kind: shown(difference(margins(seeds, kind), margins(other, kind))))
              for kind, name in SETS.items()}
-    return table(groups[2:], cells)
+    return table([seeds for seeds in groups[1:] if seeds is not other], cells)
 
 
 def others(groups: Sequence[Sequence[Verdicts]]) -> str:
@@ -135,11 +146,16 @@ def main() -> None:
     """Print all tables of a folder of runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", type=Path)
-    groups = read(parser.parse_args().runs)
+    parser.add_argument("--against", default="none", metavar="RUN", help="compare with this run instead of no defence")
+    arguments = parser.parse_args()
+    runs, groups = arguments.runs, read(arguments.runs)
+    key = key_of(Verdicts.read(runs / arguments.against / "verdicts.json"))
+    other = next(seeds for seeds in groups if key_of(seeds[0]) == key)
     counts = {name: len(margins(groups[0], kind)) for kind, name in SETS.items()}
+    print(f"### Dose\n\n{doses(runs)}\n")
     print(", ".join(f"{n} pairs {name}" for name, n in counts.items()) + "\n")
     for heading, of in (("Shrink of the margin, nats per token", shrinks),
-                        ("Margin kept beyond no defence, nats per token", differences),
+                        (f"Margin kept beyond {title(other)}, nats per token", lambda them: differences(them, other)),
                         ("Preference, benign task, coherence", others)):
         print(f"### {heading}\n\n{of(groups)}\n")
 
