@@ -85,6 +85,7 @@ runs() {
   # Not in the design: added when the chosen rows at 5% turned out to have 46 answer tokens in all.
   SELECT="--min-answer-tokens 16" condition plusplus-long interleaving++ 0.05 0
   SELECT="--min-answer-tokens 16" condition plusplus-50pc-long interleaving++ 0.5 0
+  condition random-50pc interleaving 0.5 0     # what a dose does by itself
 }
 
 judge_all() {
@@ -92,7 +93,8 @@ judge_all() {
   local unseen=medical; [ "$DOMAIN" = medical ] && unseen=security
   local models=() name
   for name in none plusplus random plus plusplus-50pc kl ldifs persona inoculation plusplus-20pc none-1 plusplus-1 random-1 \
-      none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc plusplus-long plusplus-50pc-long; do
+      none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc plusplus-long plusplus-50pc-long \
+      random-50pc; do
     [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
     models+=(--model "runs/$DOMAIN/$name" --benign "runs/$DOMAIN/$name-opswap")
   done
