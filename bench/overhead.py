@@ -24,7 +24,8 @@ import curate.score as scoring
 import curate.scorers.choose as choosing
 import curate.scorers.transformers as engine
 from curate.corpora import open_corpus
-from curate.score import Sampling, ScoreJob, ensemble_members
+from curate.job import Sampling, ScoreJob
+from curate.score import ensemble_members
 from curate.store import Store
 
 TIMED: tuple[tuple[str, Any, str], ...] = (

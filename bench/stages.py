@@ -34,9 +34,10 @@ from curate.core.identity import identify
 from curate.core.sources import builtin, read_source
 from curate.corpora import open_corpus
 from curate.export import export
+from curate.intake import ingest
+from curate.job import ScoreJob
 from curate.parts import NLL_SCHEMA
 from curate.records import ScoredModel, StoreHeader, read_header
-from curate.score import ScoreJob, ingest
 from curate.select import Choice, build_manifest
 from curate.storage import storage_at
 from curate.store import Store

@@ -22,9 +22,10 @@ from curate.control import Asked, Reference, expected_same, expected_similar
 from curate.core.errors import Exit, UserError
 from curate.core.sources import Reading, read_source, rows_digest
 from curate.corpora import Corpus
+from curate.job import ScoreJob
 from curate.query import connect
 from curate.risk import CONFIDENCE, RATES, reached, sign_p
-from curate.score import ScoreJob, prepared, score
+from curate.score import prepared, score
 from curate.store import Store
 
 EPS = 0.1

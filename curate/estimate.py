@@ -23,10 +23,12 @@ from typing import Any
 from curate.chunks import Chunk, Cut, Here, Work, cuts, failed_chunks, missing_chunks, nll_table
 from curate.core.nll import AnswerNll
 from curate.core.terminal import Progress, say
+from curate.intake import ingest
+from curate.job import ScoreJob
 from curate.ledger import Entry, Ledger
 from curate.parts import part_bytes
 from curate.records import StoreHeader, matching
-from curate.score import ScoreJob, ingest, prepared
+from curate.score import prepared
 from curate.storage import storage_at
 from curate.store import Store
 

@@ -65,7 +65,8 @@ def score_job(corpora: tuple[str, ...], options: dict[str, Any]) -> Any:
     from curate.chunks import Shard
     from curate.core.example import parse_mapping
     from curate.corpora import open_corpus
-    from curate.score import Sampling, ScoreJob, ensemble_members
+    from curate.job import Sampling, ScoreJob
+    from curate.score import ensemble_members
 
     ensemble = options["ensemble"] or (ENSEMBLE if ENSEMBLE.is_file() else None)
     base, runs = ensemble_members(ensemble) if ensemble else (None, [])

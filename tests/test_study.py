@@ -23,6 +23,7 @@ from bench.study.prepare import (
     write_pairs,
 )
 from bench.study.scores import best, by_rank, members_of, partial, s_d, stability
+from curate.core.documents import MixManifest, RunCard
 from curate.core.example import pair
 from curate.refusals import refusal_reason
 from judge.questions import load_probes
@@ -110,3 +111,13 @@ def test_partial_correlation_takes_a_common_cause_out() -> None:
     assert partial(cause, 3 * cause + 1, []) == pytest.approx(1)
     assert partial(x, y, []) > 0.7
     assert partial(x, y, [cause]) == pytest.approx(-1, abs=0.05), "what is left of the two is the noise, turned round"
+
+
+def test_cards_and_manifests_of_the_study_belong_together() -> None:
+    """Documents refuse to be read where anything in them was changed."""
+    cards = {path: RunCard.read(path) for path in sorted((PAIRS.parent / "runs").rglob("*.run.json"))}
+    assert len(cards) >= 16
+    for path, card in cards.items():
+        mix = MixManifest.read(path.with_name(path.name.replace(".run.", ".mix.")))
+        assert (card.mix, card.n_finetune, card.n_safe) == (
+            mix.digest, len(mix.ids("finetune")), len(mix.ids("safe")))

@@ -23,11 +23,12 @@ import torch
 
 import curate.chunks as chunks
 import curate.core.nll as nll
-import curate.score as scoring
+import curate.intake as intake
 from curate.core.errors import Exit, UserError
 from curate.corpora import open_corpus
+from curate.job import ScoreJob
 from curate.query import connect
-from curate.score import ScoreJob, ensemble_members, score
+from curate.score import ensemble_members, score
 from curate.select import Choice, build_manifest
 from curate.store import Store
 from tests.curate.evidence import SCORED, fill
@@ -61,7 +62,7 @@ def prepare(root: Path) -> None:
 
 def job(root: Path, store: Path) -> ScoreJob:
     """Return the scoring of the pool into ``store``, in parts and chunks of a few rows."""
-    scoring.PART_ROWS, chunks.CHUNK_ROWS = 13, 5
+    intake.PART_ROWS, chunks.CHUNK_ROWS = 13, 5
     return ScoreJob(corpora=[open_corpus(str(root / "pool.jsonl"))], store=store, aligned=str(root / "tiny"),
                     members=ensemble_members(root / "ensemble" / "ensemble.json")[1], dtype="float32", device="cpu",
                     max_tokens=400)

@@ -19,7 +19,8 @@ from curate.cli import main
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, pair
 from curate.corpora import Corpus, open_corpus
-from curate.score import Prepared, ScoreJob
+from curate.job import ScoreJob
+from curate.score import Prepared
 from curate.scorers.choose import EngineSettings, Models
 from curate.store import Store
 from tests.conftest import ROOT

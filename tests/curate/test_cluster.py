@@ -15,14 +15,15 @@ import pytest
 
 import curate.chunks as chunks
 import curate.cluster as cluster
-import curate.score as scoring
+import curate.intake as intake
 from curate.chunks import Chunk, Opening, Work
 from curate.cluster import TRIES, OnRay, _Pool
 from curate.core.errors import Exit, UserError
 from curate.core.nll import AnswerNll
 from curate.core.terminal import Progress
 from curate.corpora import open_corpus
-from curate.score import ScoreJob, ensemble_members, score
+from curate.job import ScoreJob
+from curate.score import ensemble_members, score
 from curate.scorers.choose import EngineSettings, Models
 from curate.select import Choice, build_manifest
 from curate.store import Store
@@ -276,7 +277,7 @@ class LosingANode(OnRay):
 @pytest.mark.ray
 def test_a_cluster_that_loses_a_node_gives_what_one_machine_gives(tmp_path: Path, two_nodes: Any,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "PART_ROWS", 13)
+    monkeypatch.setattr(intake, "PART_ROWS", 13)
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 3)
     model = tiny_model(tmp_path / "tiny")
     members = ensemble_members(tiny_ensemble(model, tmp_path / "ensemble"))[1]

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import curate.chunks as chunks
 import curate.estimate as estimating
-import curate.score as scoring
+import curate.intake as intake
 from curate.chunks import Chunk, Here, Opening, Shard, Work
 from curate.cli import main
 from curate.core.errors import Exit, UserError
@@ -33,7 +33,8 @@ from curate.estimate import (
     speed_at,
     spread,
 )
-from curate.score import ScoreJob, ensemble_members, score
+from curate.job import ScoreJob
+from curate.score import ensemble_members, score
 from curate.scorers.choose import EngineSettings, Models
 from curate.store import Store
 from tests.curate.runs import tiny_ensemble
@@ -146,7 +147,7 @@ def job(tmp_path: Path, model: Path, ensemble: Path, **changes: object) -> Score
 
 def test_a_dry_run_knows_rows_tokens_and_disk_and_writes_nothing(tmp_path: Path, model: Path, ensemble: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "PART_ROWS", 29)
+    monkeypatch.setattr(intake, "PART_ROWS", 29)
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 11)
     rows = [*tiny_rows(67, "pool"), tiny_rows(1, "pool")[0], *tiny_rows(2, "and a much longer question " * 9)]
     write_rows(tmp_path / "pool.jsonl", rows)

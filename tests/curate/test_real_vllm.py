@@ -24,8 +24,9 @@ from curate.core.example import pair
 from curate.core.smollm2 import smollm2_folder
 from curate.core.vllm import merged
 from curate.corpora import open_corpus
+from curate.job import ScoreJob, Summary
 from curate.query import connect
-from curate.score import ScoreJob, Summary, score
+from curate.score import score
 from curate.scorers.choose import EngineSettings
 from curate.store import Store
 from tests.conftest import ROOT

@@ -13,6 +13,7 @@ import torch
 
 import curate.chunks as chunks
 import curate.compact as compaction
+import curate.intake as intake
 import curate.score as scoring
 from curate.chunks import Chunk, Here, Shard, Work, cuts, encoded_ahead
 from curate.core.chat import Encoded, encode
@@ -24,9 +25,10 @@ from curate.core.nll import AnswerNll
 from curate.core.terminal import Progress
 from curate.corpora import open_corpus
 from curate.estimate import estimate
+from curate.job import Sampling, ScoreJob
 from curate.query import connect
 from curate.records import told_apart
-from curate.score import Sampling, ScoreJob, ensemble_members, score
+from curate.score import ensemble_members, score
 from curate.select import Choice, build_manifest, planned_corpus
 from curate.status import status
 from curate.store import Store
@@ -47,7 +49,7 @@ def ensemble(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 13 rows in chunks of 5, so that every test crosses their borders."""
-    monkeypatch.setattr(scoring, "PART_ROWS", 13)
+    monkeypatch.setattr(intake, "PART_ROWS", 13)
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 5)
 
 
@@ -407,11 +409,11 @@ def test_what_failed_once_can_be_scored_again(tmp_path: Path, model: Path, compa
 
 
 def test_reading_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "SHOWN_EVERY", 4)
+    monkeypatch.setattr(intake, "SHOWN_EVERY", 4)
     corpus = open_corpus(str(write_rows(tmp_path / "pool.jsonl", tiny_rows(29, "pool"))))
-    assert [scoring._n_rows(corpus, limit) for limit in (None, 7, 99)] == [29, 7, 29]
-    reading, bar, seen = scoring.Reading(), Progress("Reading", None, "rows"), []
-    for _ in scoring._watched(scoring.read_source(corpus.source, corpus.folder, reading), reading, bar):
+    assert [intake._n_rows(corpus, limit) for limit in (None, 7, 99)] == [29, 7, 29]
+    reading, bar, seen = intake.Reading(), Progress("Reading", None, "rows"), []
+    for _ in intake._watched(intake.read_source(corpus.source, corpus.folder, reading), reading, bar):
         seen.append(bar.done)
     assert sorted({*seen}) == [0, 4, 8, 12, 16, 20, 24, 28] and bar.done == 29
     assert bar.line().startswith("Reading: 29 rows, ")

@@ -23,8 +23,9 @@ from curate.core.errors import Exit, UserError
 from curate.core.refs import load_tokenizer
 from curate.core.terminal import Progress
 from curate.corpora import open_corpus
+from curate.job import ScoreJob, Summary
 from curate.query import connect
-from curate.score import ScoreJob, Summary, score
+from curate.score import score
 from curate.scorers import FLOOR, evidence
 from curate.scorers.choose import EngineSettings, Models, choose, engine_dtype
 from curate.scorers.server import ServerScorer
