@@ -62,17 +62,20 @@ CORPORA: Mapping[str, NamedCorpus] = {
 
 
 def open_corpus(name: str, mapping: Mapping[str, str] | None = None, strip_think: bool = False) -> Corpus:
-    """Return the corpus for a name, a path, a URL, a builtin set or a hub id (``ID[:CONFIG[:SPLIT]][@REVISION]``).
+    """Return the corpus for a path, a URL, a name of ``CORPORA`` or a hub id (``ID[:CONFIG[:SPLIT]][@REVISION]``).
 
-    A hub corpus without a commit is pinned to the one it is at now. Raises ``UserError`` with the nearest name.
+    Names of hub sets may end in ``@REVISION`` too. A hub corpus without a commit is pinned to the one it is at now.
+    Raises ``UserError`` with the nearest name.
     """
     if is_url(name):
         return Corpus(name.rpartition("/")[2], url_source(name, mapping, strip_think), Path())
     path = Path(name)
     if path.suffix in FORMATS or path.is_file():
         return Corpus(path.name, file_source(path, path.parent, mapping, strip_think), path.parent.resolve())
-    if name in CORPORA:
-        source = CORPORA[name].source
+    named, _, revision = name.partition("@")
+    if named in CORPORA and (not revision or CORPORA[named].source.kind == "hub"):
+        source = CORPORA[named].source
+        source = source.model_copy(update={"revision": revision or source.revision})
     elif name in BUILTIN:
         source = builtin(name)
     elif path.is_dir():

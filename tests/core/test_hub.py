@@ -63,6 +63,10 @@ def test_what_cannot_be_asked_is_the_commit_of_the_copy_or_refused(folder: Path)
         pinned(Source(kind="hub", name="other/data"))
     assert caught.value.exit_code == Exit.REMOTE
     assert len(CORPORA["wildguardmix"].source.revision) == 40
+    other = open_corpus(f"wildguardmix@{'a' * 40}").source
+    assert other == CORPORA["wildguardmix"].source.model_copy(update={"revision": "a" * 40}) and other.where
+    with pytest.raises(UserError, match="Unknown corpus 'demo@main'"):
+        open_corpus("demo@main")
 
 
 def test_a_branch_is_the_commit_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
