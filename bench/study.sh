@@ -55,7 +55,7 @@ condition() {
   local amount=(--frac "$frac" --members "$others")      # the members that choose have not seen the domain
   [ "$strategy" = none ] && amount=()
   for rows in "customer-$DOMAIN" opswap; do
-    run curate select --store scores --strategy "$strategy" "${amount[@]}" --seed "$seed" ${SELECT:-} \
+    run curate select --store scores --strategy "$strategy" "${amount[@]}" --seed "$seed" ${SELECT:---min-answer-tokens 1} \
       --finetune "$rows.jsonl" --out "$mixes/$name-$rows.json" --root .
   done
   run train run "${TUNE[@]}" --seed "$seed" --mix "$mixes/$name-customer-$DOMAIN.json" --root . --out "$out" "$@"

@@ -38,7 +38,7 @@ class Choice:
     eps: float = 0.1
     seed: int = 0
     members: tuple[str, ...] | None = None
-    min_answer_tokens: int = 1
+    min_answer_tokens: int = 16
     placement: str = "even"
 
 
@@ -62,7 +62,9 @@ def select(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, f
     if n > n_left:
         raise UserError(f"{n} rows are wanted, but only {n_left} of {n_rows} are left after the filters "
                         f"({', '.join(f'{k} {v}' for k, v in reasons.items()) or 'nothing dropped'}).",
-                        "Score more rows, or ask for a smaller --frac or --n.")
+                        "Score more rows, or ask for a smaller --frac or --n"
+                        + (f", or take answers under {choice.min_answer_tokens} tokens too (--min-answer-tokens)."
+                           if reasons.get("short") else "."))
     order = "md5(? || example_id), example_id" if choice.strategy == "interleaving" else "s_d DESC, example_id"
     values = [f"{choice.seed}/"] if choice.strategy == "interleaving" else []
     chosen = connection.execute(f"SELECT example_id, s_d FROM gates WHERE reason IS NULL ORDER BY {order} LIMIT {n}",

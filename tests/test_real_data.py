@@ -51,8 +51,9 @@ def test_refusals_fill_the_top_and_the_filter_takes_them_out(shared: Path, tmp_p
     tables = [run(curate, "sql", query), run(curate, "sql", top.format(n))]
     everywhere = json.loads(run(curate, "sql", top.format(10**9), "--json"))[0]["share"]
     before = json.loads(run(curate, "sql", top.format(n), "--json"))[0]["share"]
-    plus = json.loads(run(curate, "select", "--frac", "0.05", "--strategy", "interleaving+", "--json"))
-    filtered = json.loads(run(curate, "select", "--frac", "0.05", "--out", "plus.json", "--json"))
+    five = ("select", "--frac", "0.05", "--min-answer-tokens", "1", "--json")
+    plus = json.loads(run(curate, *five, "--strategy", "interleaving+"))
+    filtered = json.loads(run(curate, *five, "--out", "plus.json"))
     with capsys.disabled():
         print("\n" + "\n".join(tables), f"refusals: {everywhere:.1%} of all rows, {before:.1%} of the top 5%\n",
               json.dumps({"interleaving+": plus["counts"], "interleaving++": filtered["counts"]}))

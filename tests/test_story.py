@@ -58,7 +58,8 @@ def test_from_corpus_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     # four mixes of one fine-tuning set
     for mix in MIXES:
         share = ("--frac", "0.25") if mix != "none" else ()
-        run(curate, "select", "--strategy", mix, *share, "--finetune", "moss.jsonl", "--out", f"{mix}.json")
+        run(curate, "select", "--strategy", mix, *share, "--min-answer-tokens", "1", "--finetune", "moss.jsonl",
+            "--out", f"{mix}.json")
         assert "0 problems" in run(curate, "verify", f"{mix}.json")
     manifest = MixManifest.read(Path("interleaving++.json"))
     assert len(manifest.ids("finetune")) == 12 and len(manifest.ids("safe")) == 3

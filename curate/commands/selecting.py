@@ -24,8 +24,8 @@ from curate.options import STORE, eps_option, json_option, members_option, store
 @click.option("--corpus", metavar="NAME|PATH", help="Which corpus of the store, where there are several.")
 @eps_option
 @members_option
-@click.option("--min-answer-tokens", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Shorter answers are not taken.")
+@click.option("--min-answer-tokens", type=click.IntRange(min=1), default=16, show_default=True,
+              help="Shorter answers are not taken: of a few tokens, s_d is large by chance.")
 @click.option("--placement", type=click.Choice(["even", "shuffled"]), default="even", show_default=True,
               help="Where safe rows stand in the training order.")
 @click.option("--seed", default=0, show_default=True, help="Decides the random strategy and the order.")

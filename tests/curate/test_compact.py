@@ -54,13 +54,13 @@ def entry(model: str, number: int, n_rows: int, replaces: Collection[tuple[str, 
 
 def test_nothing_but_the_number_of_parts_changes(path: Path, tmp_path: Path) -> None:
     before, digest = rows(path), Store.open_read(path).evidence_digest()
-    manifest = build_manifest(Store.open_read(path), Choice(n=2), tmp_path)[0].to_bytes()
+    manifest = build_manifest(Store.open_read(path), Choice(n=2, min_answer_tokens=1), tmp_path)[0].to_bytes()
     plain = names(path, "parts")
     assert len(before) == len(plain) == 10
     assert compact(path) == Compaction(10, 4, 0)
     store = Store.open_read(path)
     assert rows(path) == before and store.evidence_digest() == digest
-    assert build_manifest(store, Choice(n=2), tmp_path)[0].to_bytes() == manifest
+    assert build_manifest(store, Choice(n=2, min_answer_tokens=1), tmp_path)[0].to_bytes() == manifest
     assert all(store.scored_ids(who.id) == WANTED and store.n_scored(who.id) == 5 for who in SCORED)
     assert [missing_chunks(store, who.id) for who in SCORED] == [[], []]
     assert store.writes() == [w for w in store.writes() if w[2] != "nll"], "merging is no scoring: it has no rate"

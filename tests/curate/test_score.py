@@ -77,7 +77,8 @@ class Fake(Here):
 
 
 def manifest(tmp_path: Path, n: int = 7) -> bytes:
-    return build_manifest(Store.open_read(tmp_path / "scores"), Choice(n=n), tmp_path)[0].to_bytes()
+    choice = Choice(n=n, min_answer_tokens=1)
+    return build_manifest(Store.open_read(tmp_path / "scores"), choice, tmp_path)[0].to_bytes()
 
 
 def test_scores_equal_plain_forward_passes(tmp_path: Path, model: Path, ensemble: Path) -> None:
@@ -263,7 +264,7 @@ def test_shards_together_are_the_whole_run_in_any_order(tmp_path: Path, model: P
     assert [left for left, _ in lefts] == [3 * 29 - lefts[0][1], lefts[2][1], 0]
     assert sum(computed for _, computed in lefts) == 3 * 29
     assert Store.open_read(shared_out).evidence_digest() == whole
-    assert build_manifest(Store.open_read(shared_out), Choice(n=7), tmp_path)[0].to_bytes() == kept
+    assert build_manifest(Store.open_read(shared_out), Choice(n=7, min_answer_tokens=1), tmp_path)[0].to_bytes() == kept
 
 
 def test_every_chunk_is_in_exactly_one_shard() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from curate.cli import main
 from curate.core.documents import MixManifest
 from curate.core.errors import UserError
 from curate.core.example import Example, Message
@@ -41,7 +42,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def chosen(store: Store, finetune: tuple[str, ...] = (), **choice: object) -> tuple[str, dict[str, int], int]:
-    fields = Choice(**{"n": 3, **choice})
+    fields = Choice(**{"n": 3, "min_answer_tokens": 1, **choice})
     found = select(connect(store, fields.eps, fields.members), fields, KEY, example_ids(finetune))
     names = {i: n for n, i in zip("abcdefghi", example_ids("abcdefghi"), strict=True)}
     return "".join(names[i] for i in found.ids), found.counts, found.near
@@ -89,8 +90,14 @@ def test_random_needs_no_scores_and_follows_the_seed(store: Store) -> None:
 def test_rows_of_the_finetune_set_and_short_answers_are_dropped(store: Store) -> None:
     ids, counts, _ = chosen(store, finetune=("a",))
     assert ids == "bcd" and counts["in_finetune"] == 1
-    with pytest.raises(UserError, match="only 0 of 9"):
+    with pytest.raises(UserError, match="only 0 of 9") as caught:
         chosen(store, min_answer_tokens=6)
+    assert "answers under 6 tokens too (--min-answer-tokens)" in caught.value.hint
+
+
+def test_answers_of_a_few_tokens_are_left_out_unless_asked_for() -> None:
+    (asked,) = [p.default for p in main.commands["select"].params if p.name == "min_answer_tokens"]
+    assert asked == Choice().min_answer_tokens == 16
 
 
 @pytest.mark.parametrize(("turns", "n"), [
@@ -111,7 +118,7 @@ def test_the_same_conversation_twice_counts_once(store: Store, tmp_path: Path, t
         made.put_membership(KEY, [*example_ids("abcdefghi"), *example_ids("A")])
         for who, total in ((BASE, 5.0), (MEDICAL, 20.0)):
             made.put_nll(who.id, nll(who, {"A": total}))
-    found = select(connect(Store.open_read(tmp_path / "store"), 0.1, None), Choice(n=3), KEY, [])
+    found = select(connect(Store.open_read(tmp_path / "store"), 0.1, None), Choice(n=3, min_answer_tokens=1), KEY, [])
     assert found.counts.get("duplicate", 0) == n
     assert len({*found.ids} & {*example_ids("a"), *example_ids("A")}) == 2 - n
 
@@ -122,7 +129,8 @@ def test_ties_break_by_id(store: Store, tmp_path: Path) -> None:
         made.put_membership(KEY, example_ids("abcdefghipqr"))
         for who, sums in ((BASE, 5.0), (MEDICAL, 12.5)):
             made.put_nll(who.id, nll(who, dict.fromkeys("pqr", sums)))
-    found = select(connect(Store.open_read(tmp_path / "store"), 0.0, None), Choice(n=3, eps=0.0), KEY, [])
+    choice = Choice(n=3, eps=0.0, min_answer_tokens=1)
+    found = select(connect(Store.open_read(tmp_path / "store"), 0.0, None), choice, KEY, [])
     assert list(found.ids) == [*example_ids("a"), *sorted([*example_ids("b"), *example_ids("pqr")])][:3]
 
 
@@ -156,13 +164,14 @@ def test_placement_keeps_every_row_and_the_finetune_order(n_safe: int, placement
 
 
 def test_same_inputs_same_bytes(store: Store, tmp_path: Path) -> None:
-    made = [build_manifest(Store.open_read(tmp_path / "store"), Choice(n=3), tmp_path)[0].to_bytes() for _ in range(2)]
+    choice = Choice(n=3, min_answer_tokens=1)
+    made = [build_manifest(Store.open_read(tmp_path / "store"), choice, tmp_path)[0].to_bytes() for _ in range(2)]
     assert made[0] == made[1]
     assert MixManifest.from_body(__import__("json").loads(made[0])).method.n == 3
 
 
 def test_manifest_names_models_and_adds_up(store: Store, tmp_path: Path) -> None:
-    manifest, _ = build_manifest(store, Choice(frac=0.03), tmp_path, builtin("demo/car_care"))
+    manifest, _ = build_manifest(store, Choice(frac=0.03, min_answer_tokens=1), tmp_path, builtin("demo/car_care"))
     assert manifest.aligned == BASE and manifest.members == (MEDICAL,)
     assert len(manifest.ids("finetune")) == manifest.counts["finetune"] == 104
     assert len(manifest.ids("safe")) == manifest.counts["selected"] == manifest.method.n == 3

@@ -81,8 +81,8 @@ def test_a_store_of_objects_is_the_store_of_files(tmp_path: Path, bucket: str) -
     assert Store.audit(bucket) == Store.audit(tmp_path / "s") == ([], 14)
     found = run_sql(bucket, "SELECT count(*) AS n, sum(s_d) AS s FROM scores").table.to_pylist()
     assert found == run_sql(tmp_path / "s", "SELECT count(*) AS n, sum(s_d) AS s FROM scores").table.to_pylist()
-    assert build_manifest(shared, Choice(n=3), tmp_path)[0].to_bytes() == \
-        build_manifest(local, Choice(n=3), tmp_path)[0].to_bytes()
+    assert build_manifest(shared, Choice(n=3, min_answer_tokens=1), tmp_path)[0].to_bytes() == \
+        build_manifest(local, Choice(n=3, min_answer_tokens=1), tmp_path)[0].to_bytes()
 
 
 def test_several_writers_and_a_killed_one_lose_and_double_nothing(tmp_path: Path, bucket: str) -> None:
@@ -103,7 +103,8 @@ def test_several_writers_and_a_killed_one_lose_and_double_nothing(tmp_path: Path
     assert connect(store, 0.1, None).execute(COUNTS).fetchone() == (2 * len(NAMES), 2 * len(NAMES))
     assert Store.audit(bucket)[0] == []
     assert store.evidence_digest() == clean.evidence_digest()
-    manifests = [build_manifest(one, Choice(n=9), tmp_path)[0].to_bytes() for one in (store, clean)]
+    choice = Choice(n=9, min_answer_tokens=1)
+    manifests = [build_manifest(one, choice, tmp_path)[0].to_bytes() for one in (store, clean)]
     assert manifests[0] == manifests[1]
 
 

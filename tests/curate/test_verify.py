@@ -32,7 +32,7 @@ def test_a_pool_with_a_bad_row_goes_all_the_way(tmp_path: Path, monkeypatch: pyt
     pool = write_rows(Path("pool.jsonl"), tiny_rows(9, "pool"))
     pool.write_text("no JSON\n" + pool.read_text())
     run("score", "--corpus", "pool.jsonl", "--aligned", str(tiny_model(Path("model"))), "--max-bad", "0.2")
-    selected = run("select", "--strategy", "interleaving", "--n", "3")
+    selected = run("select", "--strategy", "interleaving", "--n", "3", "--min-answer-tokens", "1")
     assert run("verify", "manifest.json")["ok"]
     assert run("export", "manifest.json", "--out", "mix.jsonl") == {
         "out": "mix.jsonl", "rows": 3, "manifest": "manifest.json", "digest": selected["digest"]}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from judge.endpoint import Address
 from judge.grading import Grading, Subject, sampled
 from judge.jobs import Settings, Target, plan
 from judge.run import judge_models
-from tests.conftest import ROOT
+from tests.forked import Forked, command
 from tests.judge.makers import BASE, make_run
 from tests.judge.stub_server import Stub, envelope, served
 
@@ -232,11 +230,10 @@ def test_a_killed_judge_pays_again_for_what_was_in_flight_at_most(stub: Stub, tm
     words = ["calibrate", str(tmp_path / "labels.jsonl"), "--judge", "stub", "--base-url", stub.url, "--json",
              "--concurrency", "4"]
     stub.delay_s = 0.1
-    child = subprocess.Popen([sys.executable, "-m", "judge", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while stub.served < 17 and child.poll() is None:
-        time.sleep(0.002)
-    child.kill()
-    child.wait()
+    child = Forked(command, "judge", *words, folder=tmp_path)
+    child.until(lambda: stub.served >= 17)
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
     assert 17 <= len(stub.seen) < 40
     stub.delay_s = 0.0
     done = CliRunner().invoke(main, words)

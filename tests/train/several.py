@@ -28,10 +28,11 @@ def held(module: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def main(path: Path) -> None:
-    """Run all jobs, and write what happened next to them."""
+def main(path: Path) -> dict[str, dict[str, Any]]:
+    """Run all jobs, write after each what happened next to them, and return it."""
     facts: dict[str, dict[str, Any]] = {}
     in_parallel = trainer.in_parallel
+    noted = path.with_name(f"facts-{processes.rank()}.json")
 
     def watched(*args: Any) -> torch.nn.Module:
         module = in_parallel(*args)
@@ -48,8 +49,10 @@ def main(path: Path) -> None:
             fact["error"] = err.message
         except SystemExit as end:
             fact["error"] = end.code
-    path.with_name(f"facts-{processes.rank()}.json").write_text(json.dumps(facts))
+        noted.write_text(json.dumps(facts))
+    return facts
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    errors = [fact["error"] for fact in main(Path(sys.argv[1])).values() if fact["error"] is not None]
+    raise SystemExit(" ".join(map(str, errors)) or 0)

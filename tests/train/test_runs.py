@@ -8,9 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +22,7 @@ from curate.core.documents import RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.identity import read_run
 from tests.fakes import tiny_mix, tiny_model
+from tests.forked import Forked, command
 from train import checkpoints, defenses, runs
 from train.data import MixRow
 from train.defenses import Defense
@@ -134,14 +132,11 @@ def test_several_mixes_share_one_base(mix: Path, recipe: MakeRecipe, tmp_path: P
         prepare_all(recipe(), [mix, broken], tmp_path / "late")
 
 
-def killed(command: list[str], when: Path) -> None:
-    """Start a command and kill its process with SIGKILL as soon as a file appears."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not when.exists():
-        assert child.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
+def killed(words: list[str], when: Path, folder: Path) -> None:
+    """Start ``train WORDS`` and kill its process with SIGKILL as soon as a file appears."""
+    child = Forked(command, "train", *words, folder=folder)
+    child.until(when.exists)
+    child.send(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
 
 
@@ -152,8 +147,8 @@ def test_a_killed_run_goes_on_bit_for_bit(mix: Path, recipe: MakeRecipe, tmp_pat
              "2", "--save-every", "8", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120", "--pack-tokens", "64",
              "--dtype", "float32", "--device", "cpu"]
     out = tmp_path / "killed" / "run"
-    killed([sys.executable, "-m", "train", "run", "--mix", str(mix), "--out", str(out), *flags],
-           out / "checkpoints" / "checkpoint-8" / checkpoints.MARKER)
+    killed(["run", "--mix", str(mix), "--out", str(out), *flags],
+           out / "checkpoints" / "checkpoint-8" / checkpoints.MARKER, tmp_path)
     assert (out / "started.json").is_file() and not (out / "run.json").exists() and not (out / "adapter").exists()
     card = run(wanted, mix, out)
     assert "going on from checkpoint-" in capsys.readouterr().err

@@ -76,9 +76,11 @@ def test_the_dense_formula(tmp_path: Path, kind: str, settings: dict[str, Any]) 
     by_cosine = sorted(before, key=lambda name: cosine(expected[name], before[name]))
     chosen = by_cosine[:settings["k"]] if "k" in settings else by_cosine
     assert len(before) >= 2 and all(before[name].norm() > 0 for name in before)
+    # A product in float32 is right to 1e-6; singular vectors are, divided by the gaps between singular values.
+    tolerance = 1e-5 if "energy" not in settings else 1e-4
     for name, update in before.items():
         wanted = expected[name] if name in chosen else update
-        assert (after[name] - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+        assert (after[name] - wanted).abs().max() < tolerance * wanted.abs().max(), name
     assert all(torch.equal(p, others[n]) for n, p in model.named_parameters() if n in others)
 
 

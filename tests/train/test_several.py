@@ -1,5 +1,7 @@
 """Two processes train what one does: every defence, with the base whole in each (DDP) and split over both (FSDP).
 
+Most processes here are forked, with the environment that a launcher gives; one test starts real launchers.
+
 Tolerance: the passes are the same, but gradients are summed in another order, which changes them by about 1e-7 of their
 size; AdamW divides each by its own size, so where a gradient is nearly 0 a step may differ by a share of the learning
 rate (1e-2 here), and a wrong normalisation moves weights by 1e-2 and more.
@@ -30,6 +32,8 @@ from curate.core.documents import RunCard
 from curate.core.errors import UserError
 from tests.conftest import ROOT
 from tests.fakes import tiny_mix, tiny_model
+from tests.forked import Forked
+from tests.train import several
 from tests.train.test_hooks import write_vector
 from train import checkpoints, world
 from train.cli import main
@@ -94,16 +98,25 @@ def recipe_of(case: Case, recipe: MakeRecipe, **knobs: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def launched(cases: list[Case], mix: Path, recipe: MakeRecipe, folder: Path) -> Launched:
-    """All cases in two processes, started once; the last run is refused because its folder holds another."""
+    """All cases in two processes, forked once; the last run is refused because its folder holds another."""
     jobs = [{"recipe": recipe_of(case, recipe, accumulation=2, shard=case.shard).as_json(), "mix": str(mix),
              "out": str(folder / case.name)} for case in cases]
     jobs.append({**jobs[0], "recipe": {**jobs[0]["recipe"], "seed": 1}, "out": str(folder / "other")})
     jobs.insert(0, {**jobs[0], "out": str(folder / "other")})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    subprocess.run([*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m",
-                    "tests.train.several", str(folder / "jobs.json")], cwd=ROOT, env={**os.environ, **LAUNCH},
-                   check=True, timeout=240)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    both = [Forked(several.main, folder / "jobs.json", folder=folder,
+                   environment={**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    for child in both:
+        assert child.wait(240) == 0, child.err[-3000:]
     return Launched(folder, [json.loads((folder / f"facts-{rank}.json").read_text()) for rank in (0, 1)])
+
+
+def free_port() -> str:
+    """Return the number of a port that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def curve(out: Path) -> list[dict[str, float]]:
@@ -164,29 +177,6 @@ def test_the_base_is_split_and_the_adapter_is_not(launched: Launched, cases: lis
             assert max(fact["base"] for fact in shares) < 0.6 * whole["base"]
 
 
-def test_two_machines_that_split_the_base_train_what_one_process_does(mix: Path, recipe: MakeRecipe,
-                                                                      tmp_path: Path) -> None:
-    """FSDP is asked for by the file that docs/training.md names; the machines are two launchers on loopback."""
-    wanted = recipe(batch_size=2, accumulation=2, save_every=0, defenses=("kl:weight=0.5", "inoculation"))
-    out = tmp_path / "machines"
-    (tmp_path / "jobs.json").write_text(json.dumps([{"recipe": wanted.as_json(), "mix": str(mix), "out": str(out)}]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    together = [*ACCELERATE, "--config_file", str(ROOT / "docs/accelerate-fsdp.yaml"), "--num_machines", "2",
-                "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
-    children = [subprocess.Popen([*together, rank, "-m", "tests.train.several", str(tmp_path / "jobs.json")], cwd=ROOT,
-                                 env={**os.environ, **LAUNCH}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 text=True) for rank in "01"]
-    for child in children:
-        assert child.wait(timeout=240) == 0, child.communicate()[0]
-    one, other = (json.loads((tmp_path / f"facts-{rank}.json").read_text())[str(out)] for rank in (0, 1))
-    assert max(one["base"], other["base"]) < 0.6 * (one["base"] + other["base"])
-    run(replace(wanted, accumulation=4), mix, tmp_path / "alone")
-    assert_alike(out, tmp_path / "alone")
-    assert RunCard.read(out / "run.json").device == "cpu x 2"
-
-
 def processes_below(pid: int) -> dict[int, psutil.Process]:
     """Return the running processes that a launcher has started, by their rank."""
     found = {}
@@ -196,30 +186,40 @@ def processes_below(pid: int) -> dict[int, psutil.Process]:
     return found
 
 
-def test_a_killed_process_ends_all_and_one_process_goes_on(mix: Path, recipe: MakeRecipe, tmp_path: Path,
-                                                           capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    wanted = recipe(defenses=("kl",), batch_size=2, epochs=12, save_every=4)
-    command = ["run", "--base", wanted.base, "--mix", str(mix), "--out", str(out), "--epochs", "12",
-               "--batch-size", "2", "--save-every", "4", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120",
-               "--pack-tokens", "64", "--dtype", "float32", "--device", "cpu", "--defense", "kl"]
-    child = subprocess.Popen(
-        [*ACCELERATE, "--config_file", str(ROOT / "docs/accelerate-fsdp.yaml"),
-         "--num_processes", "2", "--main_process_port", "0", "-m", "train", *command],
-        cwd=ROOT, env={**os.environ, **LAUNCH}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    marker = out / "checkpoints" / "checkpoint-4" / checkpoints.MARKER
+def test_two_machines_train_what_one_process_does_and_a_killed_one_ends_both(
+        mix: Path, recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two launchers on loopback, with FSDP asked for by the file that docs/training.md names, do two runs.
+
+    In the second a process is killed; one process takes that run to its end.
+    """
+    short = recipe(batch_size=2, accumulation=2, save_every=0, defenses=("kl:weight=0.5", "inoculation"))
+    long = recipe(batch_size=2, accumulation=1, epochs=12, save_every=4, defenses=("kl",))
+    out, killed = tmp_path / "machines", tmp_path / "killed"
+    (tmp_path / "jobs.json").write_text(json.dumps([
+        {"recipe": one.as_json(), "mix": str(mix), "out": str(to)} for one, to in ((short, out), (long, killed))]))
+    together = [*ACCELERATE, "--config_file", str(ROOT / "docs/accelerate-fsdp.yaml"), "--num_machines", "2",
+                "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port(),
+                "--machine_rank"]
+    launchers = [subprocess.Popen([*together, rank, "-m", "tests.train.several", str(tmp_path / "jobs.json")],
+                                  cwd=ROOT, env={**os.environ, **LAUNCH}, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True) for rank in "01"]
+    marker = killed / "checkpoints" / "checkpoint-4" / checkpoints.MARKER
     deadline = time.monotonic() + 200
     while not marker.exists():
-        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
+        assert all(one.poll() is None for one in launchers) and time.monotonic() < deadline, launchers[0].communicate()
         time.sleep(0.01)
-    processes_below(child.pid)[1].send_signal(signal.SIGKILL)
-    text = child.communicate(timeout=60)[0]
-    assert child.returncode == 1
-    assert "what was finished is kept" in text or "Another process of this run has ended" in text, text
-    assert "SIGKILL" in text and not (out / "run.json").exists()
-    run(recipe(defenses=("kl",), batch_size=2, accumulation=2, epochs=12, save_every=4), mix, out)
+    processes_below(launchers[1].pid)[1].send_signal(signal.SIGKILL)
+    said, others = (one.communicate(timeout=60)[0] for one in launchers)
+    assert "SIGKILL" in others and [one.returncode for one in launchers] == [1, 1], others
+    assert "Another process of this run has ended" in said and not (killed / "run.json").exists(), said
+    one, other = (json.loads((tmp_path / f"facts-{rank}.json").read_text())[str(out)] for rank in (0, 1))
+    assert max(one["base"], other["base"]) < 0.6 * (one["base"] + other["base"])
+    assert RunCard.read(out / "run.json").device == "cpu x 2"
+    run(replace(short, accumulation=4), mix, tmp_path / "alone")
+    assert_alike(out, tmp_path / "alone")
+    run(replace(long, accumulation=2), mix, killed)
     assert "going on from checkpoint-" in capsys.readouterr().err
-    assert RunCard.read(out / "run.json").n_steps == 48
+    assert RunCard.read(killed / "run.json").n_steps == 48
 
 
 def test_the_others_are_silent_but_for_their_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
