@@ -1,6 +1,6 @@
 """Faults on purpose, by the hundred: what docs/reliability.md reports.
 
-    python -m bench.faults                      # all of it; some need root (a file system of their own) or moto
+    python -m bench.faults                      # all of it; some need root (a file system of their own), moto or Ray
     python -m bench.faults --only kills --n 100
 
 Run it from the repository. Everything happens on a tiny random model or on invented numbers: what is tested is the way
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.curate.faults import Outcome, damaged, full_disk, out_of_memory, random_kills, small_disk
+from tests.curate.killed_clients import client_kills, driver_kills
 
 
 def steps(root: Path, n: int) -> Outcome:
@@ -36,6 +37,23 @@ def steps(root: Path, n: int) -> Outcome:
 def kills(root: Path, n: int) -> Outcome:
     """SIGKILL to the process group of a scoring run at random moments."""
     return random_kills(root, n)
+
+
+def server(root: Path, n: int) -> Outcome:
+    """SIGKILL to the process group of a model server's client at random moments."""
+    return client_kills(root, n)
+
+
+def ray(root: Path, n: int) -> Outcome:
+    """SIGKILL to the driver of a Ray cluster at random moments, in turn with its process group and alone."""
+    return driver_kills(root, n)
+
+
+def objects(root: Path, n: int) -> Outcome:
+    """SIGKILL before the first, second, ... request that changes an S3 bucket until the run passes."""
+    from tests.curate.killed_objects import request_kills
+
+    return request_kills(root)
 
 
 def disk(root: Path, n: int) -> Outcome:
@@ -68,7 +86,8 @@ def workers(root: Path, n: int) -> Outcome:
 
 
 FAULTS: dict[str, Callable[[Path, int], Outcome]] = {
-    "steps": steps, "kills": kills, "disk": disk, "cuts": cuts, "flips": flips, "memory": memory, "workers": workers}
+    "steps": steps, "kills": kills, "server": server, "ray": ray, "objects": objects, "disk": disk, "cuts": cuts,
+    "flips": flips, "memory": memory, "workers": workers}
 
 
 def main() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.curate.services import objects_served
 
 NUMBERS = itertools.count()
 
@@ -19,13 +20,8 @@ def endpoint() -> Iterator[str]:
     for name in ("moto", "s3fs"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}")
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
+    with objects_served() as url:
+        yield url
 
 
 @pytest.fixture

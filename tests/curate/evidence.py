@@ -69,7 +69,7 @@ MODELS = (BASE, MEDICAL, SECURITY)
 SCORED = MODELS[:2]
 
 
-def fill(path: Path, models: Sequence[ModelIdentity] = MODELS) -> list[str]:
+def fill(path: Path | str, models: Sequence[ModelIdentity] = MODELS) -> list[str]:
     """Score five examples under three models, leaving out what is stored; return what was put aside."""
     with Store.create_or_open(path, header()) as store:
         stored = store.example_ids()
@@ -90,7 +90,7 @@ def fill(path: Path, models: Sequence[ModelIdentity] = MODELS) -> list[str]:
         return store.quarantined
 
 
-def scatter(path: Path, digest: Path | None = None) -> None:
+def scatter(path: Path | str, digest: Path | None = None) -> None:
     """Score five examples under two models, each row in a part of its own; write the digest of the evidence."""
     with Store.create_or_open(path, header()) as store:
         store.put_examples(examples("abcde"))

@@ -38,6 +38,12 @@ from tests.fakes import tiny_model, tiny_rows, write_rows
 
 N_ROWS = 37
 PAGE = 4096
+Run = Callable[[Path, Path], object]
+"""Scores the pool of a folder into a store, to the end."""
+Strike = Callable[[Callable[[], object], Callable[[], object]], bool]
+"""Runs the first, waits as the second does, then kills; returns whether it was running."""
+Moment = Callable[[Path, float], object]
+"""Waits until it is time to kill what fills a store: so many seconds, or what it makes of them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class Outcome:
 
 
 def prepare(root: Path) -> None:
-    """Make a tiny model, two members and a pool."""
+    """Make a tiny model, two members and a pool, where they are not there."""
+    if (root / "pool.jsonl").exists():
+        return
     model = tiny_model(root / "tiny")
     tiny_ensemble(model, root / "ensemble")
     write_rows(root / "pool.jsonl", tiny_rows(N_ROWS, "pool"))
@@ -68,15 +76,20 @@ def job(root: Path, store: Path) -> ScoreJob:
                     max_tokens=400)
 
 
-def finish(root: Path, store: Path, to: Path) -> None:
-    """Score to the end, count every row once, and write the selection's bytes."""
+def by_itself(root: Path, store: Path) -> None:
+    """Score the pool into ``store`` in this process."""
     score(job(root, store))
+
+
+def finish(root: Path, store: Path, to: Path, run: Run = by_itself) -> None:
+    """Score to the end, count every row once, and write the selection's bytes."""
+    run(root, store)
     opened = Store.open_read(store)
     counted = connect(opened, 0.1, None).execute(
         "SELECT count(*), count(DISTINCT (example_id, model_id)) FROM nll").fetchone()
     assert counted == (3 * N_ROWS, 3 * N_ROWS), counted
     assert Store.audit(store)[0] == []
-    to.write_bytes(build_manifest(opened, Choice(n=7), root)[0].to_bytes())
+    to.write_bytes(build_manifest(opened, Choice(n=7, min_answer_tokens=1), root)[0].to_bytes())
 
 
 def only_leftovers(store: Path) -> None:
@@ -85,13 +98,16 @@ def only_leftovers(store: Path) -> None:
         assert all("left behind" in finding.problem for finding in Store.audit(store)[0])
 
 
-def killed_group(work: Callable[[], object], after_s: float) -> bool:
-    """Run ``work`` in a worker of a process group, kill the whole group with SIGKILL; return whether it was running."""
+def killed_group(work: Callable[[], object], wait: Callable[[], object]) -> bool:
+    """Run ``work`` in a worker of a process group and ``wait``; then kill the whole group with SIGKILL.
+
+    Returns whether it was running.
+    """
     leader = os.fork()
     if leader == 0:
         os.setsid()
         os._exit(0 if in_child(work) == 0 else 1)
-    time.sleep(after_s)
+    wait()
     try:
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
@@ -99,27 +115,48 @@ def killed_group(work: Callable[[], object], after_s: float) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]) == -signal.SIGKILL
 
 
-def random_kills(root: Path, n: int, seed: int = 0) -> Outcome:
+def at_any_time(store: Path, after_s: float) -> None:
+    """Wait for a moment of the whole run."""
+    time.sleep(after_s)
+
+
+def while_scoring(store: Path, after_s: float) -> None:
+    """Wait for new scores, a minute at most, then for a quarter of the moment: most of a short run is its start."""
+    before, begun = n_scored(store), time.monotonic()
+    while n_scored(store) == before and time.monotonic() - begun < 60:
+        time.sleep(0.01)
+    time.sleep(after_s / 4)
+
+
+def random_kills(root: Path, n: int, run: Run = by_itself, strike: Strike = killed_group,
+                 wait: Moment = at_any_time, seed: int = 0) -> Outcome:
     """Kill scoring at ``n`` random moments; a store is killed a few times, then finished and compared."""
     dice = random.Random(seed)
     assert in_child(partial(prepare, root)) == 0
     begun = time.monotonic()
-    assert in_child(partial(finish, root, root / "clean", root / "clean.json")) == 0
+    assert in_child(partial(finish, root, root / "clean", root / "clean.json", run)) == 0
     length = time.monotonic() - begun
-    struck = wrong = finished = 0
+    struck = wrong = finished = midway = 0
     for number in range(n):
         store = root / f"killed-{finished}"
-        after = dice.uniform(0, length)
-        hit = killed_group(partial(score, job(root, store)), after)
-        length = length if hit else after  # it had ended by then: a first run is slower than those that follow
+        new, after = not store.exists(), dice.uniform(0, length)
+        hit = strike(partial(run, root, store), partial(wait, store, after))
+        midway += hit and 0 < n_scored(store) < n_scored(root / "clean")
+        length = after if new and not hit else length  # it had ended by then: the first run of all is the slowest
         struck += hit
         wrong += in_child(partial(only_leftovers, store)) != 0
         if not hit or number == n - 1 or dice.random() < 0.25:
             made = root / f"killed-{finished}.json"
-            ended = in_child(partial(finish, root, store, made))
+            ended = in_child(partial(finish, root, store, made, run))
             wrong += ended != 0 or made.read_bytes() != (root / "clean.json").read_bytes()
             finished += 1
-    return Outcome(n, struck, wrong, f"{finished} stores finished, selections equal the undisturbed one's bytes")
+    return Outcome(n, struck, wrong, f"{midway} kills with some of the scores stored; {finished} stores finished, "
+                                     "selections equal the undisturbed one's bytes")
+
+
+def n_scored(store: Path) -> int:
+    """Return how many parts of scores count."""
+    return len(list((store / "ledger").glob("nll-*")))
 
 
 # Disk full

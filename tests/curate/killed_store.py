@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import curate.compact as compaction
+from curate.storage import storage_at
 from curate.store import Store
 from tests.curate.evidence import SCORED, WANTED, examples, fill, header, scatter
 
@@ -24,8 +25,8 @@ CALLS = ("fsync", "replace")
 """Between two of these the disk does not change in a way that matters: every state is that before one of them."""
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run ``work`` in a forked child and return how it ended: 0, or minus the signal."""
+def started(work: Callable[[], object]) -> int:
+    """Begin ``work`` in a forked child and return its process."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -34,7 +35,12 @@ def in_child(work: Callable[[], object]) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run ``work`` in a forked child and return how it ended: 0, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(started(work), 0)[1])
 
 
 def killed_at(count: int, work: Callable[[], object], calls: Sequence[str] = CALLS) -> Callable[[], object]:
@@ -59,7 +65,7 @@ def killed_at(count: int, work: Callable[[], object], calls: Sequence[str] = CAL
     return run
 
 
-def check_after_kill(path: Path) -> None:
+def check_after_kill(path: Path | str) -> None:
     """What is left is readable and undamaged: only leftovers, no row twice."""
     for finding in Store.audit(path)[0]:
         assert "left behind" in finding.problem, finding
@@ -69,7 +75,7 @@ def check_after_kill(path: Path) -> None:
         assert store.scored_ids(model.identity.id) <= WANTED
 
 
-def check_whole(path: Path, digest: str) -> None:
+def check_whole(path: Path | str, digest: str) -> None:
     """After another run everything is there once and nothing is left over; ``digest`` is an undisturbed run's."""
     fill(path, SCORED)
     assert Store.audit(path)[0] == []
@@ -80,14 +86,14 @@ def check_whole(path: Path, digest: str) -> None:
     assert store.evidence_digest() == digest
 
 
-def damage(path: Path) -> None:
+def damage(path: Path | str) -> None:
     """Change a part of examples, cut one of scores short, tear an entry, spoil the plan."""
-    parts = sorted((path / "parts").iterdir())
-    for part in (parts[0], parts[-1]):
-        part.write_bytes(part.read_bytes()[:-1] + (b"?" if part is parts[0] else b""))
-    entry = sorted((path / "ledger").iterdir())[-2]
-    entry.write_bytes(entry.read_bytes()[:20])
-    (path / "plan.json").write_bytes(b"{")
+    files = storage_at(path)
+    parts, entries = (sorted(f"{folder}/{name}" for name in files.listed(folder)) for folder in ("parts", "ledger"))
+    files.put(parts[0], files.get(parts[0])[:-1] + b"?")
+    files.put(parts[-1], files.get(parts[-1])[:-1])
+    files.put(entries[-2], files.get(entries[-2])[:20])
+    files.put("plan.json", b"{")
 
 
 def check(root: Path, digest: str, damaged: bool) -> None:
@@ -117,7 +123,7 @@ def loop(root: Path, digest: str, damaged: bool) -> int:
     raise AssertionError
 
 
-def compact_twice(path: Path) -> None:
+def compact_twice(path: Path | str) -> None:
     """Merge parts of one row into parts of two or three, and remove what they replace."""
     compaction.FEWEST, compaction.PART_ROWS = 2, 3
     compaction.compact(path)
@@ -127,16 +133,21 @@ def compact_twice(path: Path) -> None:
 def check_compacted(root: Path, digest: str) -> None:
     """Whatever step a kill came before: every row is there once, and another run ends with four parts of scores."""
     for path in root.glob("compacted-*"):
-        check_after_kill(path)
-        for finish in (lambda: None, partial(compact_twice, path)):
-            finish()
-            store = Store.open_read(path)
-            assert [store.n_scored(who.id) for who in SCORED] == [len(WANTED)] * 2
-            assert all(store.scored_ids(who.id) == WANTED for who in SCORED)
-            assert store.evidence_digest() == digest
-        assert Store.audit(path)[0] == []
-        for folder in ("parts", "ledger"):
-            assert len(list((path / folder).glob("nll-*"))) == 4
+        check_merged(path, digest)
+
+
+def check_merged(path: Path | str, digest: str) -> None:
+    """What one killed compaction has left holds every row once, before it is finished and after."""
+    check_after_kill(path)
+    for finish in (lambda: None, partial(compact_twice, path)):
+        finish()
+        store = Store.open_read(path)
+        assert [store.n_scored(who.id) for who in SCORED] == [len(WANTED)] * 2
+        assert all(store.scored_ids(who.id) == WANTED for who in SCORED)
+        assert store.evidence_digest() == digest
+    assert Store.audit(path)[0] == []
+    for folder in ("parts", "ledger"):
+        assert sum(name.startswith("nll-") for name in store.storage.listed(folder)) == 4
 
 
 def compacted(root: Path) -> int:

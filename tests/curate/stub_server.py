@@ -57,7 +57,9 @@ class Stub:
                 stub.listed(self)
 
             def do_POST(self) -> None:
-                stub.completed(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                length = int(self.headers["Content-Length"])
+                if len(body := self.rfile.read(length)) == length:  # else the client has died
+                    stub.completed(self, json.loads(body))
 
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.port = self.server.server_address[1]
