@@ -68,12 +68,12 @@ class Forked:
             raise TimeoutError(f"still running after {timeout_s} s: {self.err[-2000:]}")
         return self._process.exitcode
 
-    def until(self, ready: Callable[[], bool], timeout_s: float = 120) -> None:
-        """Wait until ``ready()``; an error if it ends before, or after ``timeout_s``."""
+    def until(self, ready: Callable[[], bool], timeout_s: float = 120, every_s: float = 0.002) -> None:
+        """Wait until ``ready()``, asked every so often; an error if it ends before, or after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         while not ready():
             assert self.poll() is None and time.monotonic() < deadline, self.err[-2000:] or "it ended too early"
-            time.sleep(0.002)
+            time.sleep(every_s)
 
 
 def _begin(said: Mapping[int, Path], cwd: Path, environment: Mapping[str, str], work: Callable[..., object],

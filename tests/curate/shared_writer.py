@@ -1,4 +1,4 @@
-"""Run as a program: one of several writers on one shared store, which know nothing of each other.
+"""One of several writers on one shared store, which know nothing of each other.
 
 Every writer sets out to store everything, and each in an order of its own.
 """
@@ -6,7 +6,6 @@ Every writer sets out to store everything, and each in an order of its own.
 from __future__ import annotations
 
 import random
-import sys
 
 from curate.records import Plan, PlannedCorpus
 from curate.store import Store
@@ -33,6 +32,3 @@ def fill_in_order(place: str, seed: int) -> None:
             for chunk in random.Random(seed).sample(left, len(left)):
                 store.put_nll(who.id, nll(who, {name: 1.0 + len(who.name) * int(name[1:]) for name in chunk}))
 
-
-if __name__ == "__main__":
-    fill_in_order(sys.argv[1], int(sys.argv[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ import curate.intake as intake
 from curate.chunks import Chunk, Here, Opening, Shard, Work
 from curate.cli import main
 from curate.core.errors import Exit, UserError
+from curate.core.example import pair
+from curate.core.refs import load_tokenizer
 from curate.core.terminal import Progress
 from curate.corpora import open_corpus
 from curate.estimate import (
@@ -38,6 +41,7 @@ from curate.score import ensemble_members, score
 from curate.scorers.choose import EngineSettings, Models
 from curate.store import Store
 from tests.curate.runs import tiny_ensemble
+from tests.curate.stub_server import Stub
 from tests.fakes import tiny_model, tiny_rows, write_rows
 
 SPEEDS = (Speed(10.0, 100.0), Speed(20.0, 200.0), Speed(60.0, 40.0))
@@ -187,3 +191,28 @@ def test_the_command_line_prints_a_table_or_json(tmp_path: Path, model: Path) ->
     table = CliRunner().invoke(main, line, catch_exceptions=False)
     assert "to compute, tiny" in table.stdout and "cost" in table.stdout and "Nothing was scored" in table.stderr
     assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_on_a_server_is_within_a_quarter_of_the_real_one(
+        tmp_path: Path, model: Path, ensemble: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server takes 50 ms for a request and 2 ms for a token, up to four requests at a time."""
+    rows = [pair(f"{k}: what comes next?", "and so on " * (1 + k * k % 13)) for k in range(400)]
+    write_rows(tmp_path / "pool.jsonl", rows)
+    tokenizer = load_tokenizer(str(model))
+    stub = Stub(tokenizer, {"tiny": 3, "m0": 7}, tokenizer.convert_tokens_to_ids("<|im_start|>"), delay_s=0.05,
+                entries={"m0": {"parent": "tiny"}},
+                twist=lambda choice, body: time.sleep(0.002 * len(body["prompt"]))).start()
+    wanted = job(tmp_path, model, ensemble, dtype="auto", max_tokens=400,
+                 engine=EngineSettings("server", base_urls=(stub.url,), concurrency=4))
+    try:
+        said = estimate(wanted)
+        begun = time.monotonic()
+        summary = score(wanted)
+        took_s = time.monotonic() - begun
+    finally:
+        stub.stop()
+    with capsys.disabled():
+        print(f"\nestimated {3600 * said.hours:.1f} s, took {took_s:.1f} s")
+    assert summary.models == said.to_compute == {"tiny": 400, "m0": 400}
+    assert 0.75 <= 3600 * said.hours / took_s <= 1.25

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,9 +17,9 @@ from curate.records import corpus_key
 from curate.select import Choice, build_manifest
 from curate.storage import LocalStorage, ObjectStorage, Storage, storage_at
 from curate.store import Store
-from tests.conftest import ROOT
 from tests.curate.evidence import BASE, WANTED, examples, fill, header, model, nll
 from tests.curate.shared_writer import NAMES, fill_in_order
+from tests.forked import Forked
 
 COUNTS = "SELECT count(*), count(DISTINCT (example_id, model_id)) FROM nll"
 
@@ -86,18 +82,12 @@ def test_a_store_of_objects_is_the_store_of_files(tmp_path: Path, bucket: str) -
 
 
 def test_several_writers_and_a_killed_one_lose_and_double_nothing(tmp_path: Path, bucket: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    writers = [subprocess.Popen([sys.executable, "-m", "tests.curate.shared_writer", bucket, str(seed)], cwd=ROOT,
-                                env={**environment, "XDG_CACHE_HOME": str(tmp_path / f"cache{seed}")},
-                                stdout=subprocess.PIPE) for seed in range(3)]
-    assert writers[0].stdout.readline() == b"ready\n"
+    writers = [Forked(fill_in_order, bucket, seed, folder=tmp_path,
+                      environment={"XDG_CACHE_HOME": str(tmp_path / f"cache{seed}")}) for seed in range(3)]
     ledger = Objects(bucket)
-    while len(ledger.listed("ledger")) < 12 and writers[0].poll() is None:
-        time.sleep(0.05)
-    os.kill(writers[0].pid, signal.SIGKILL)
+    writers[0].until(lambda: "ready" in writers[0].out and len(ledger.listed("ledger")) >= 12, every_s=0.05)
+    writers[0].send(signal.SIGKILL)
     assert [writer.wait(60) for writer in writers] == [-signal.SIGKILL, 0, 0]
-    for writer in writers:
-        writer.stdout.close()
     fill_in_order(str(tmp_path / "clean"), 7)
     clean, store = Store.open_read(tmp_path / "clean"), Store.open_read(bucket)
     assert connect(store, 0.1, None).execute(COUNTS).fetchone() == (2 * len(NAMES), 2 * len(NAMES))

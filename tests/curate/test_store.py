@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from curate.query import connect
 from curate.records import HEADER_COPY, Plan, ScoredModel, corpus_key
 from curate.storage import storage_at
 from curate.store import Store
+from tests.curate import killed_store
 from tests.curate.evidence import (
     BASE,
     KEY,
@@ -41,6 +41,7 @@ from tests.curate.evidence import (
     model,
     nll,
 )
+from tests.forked import Forked
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
@@ -405,11 +406,7 @@ def test_the_digest_of_the_evidence_is_that_of_its_parts(tmp_path: Path, whole: 
 
 
 def test_a_kill_at_any_step_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "tests.curate.killed_store", str(tmp_path)], env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=120, check=False,
-                          cwd=Path(__file__).parent.parent.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    n_new, n_damaged, n_compacted = map(int, done.stdout.split())
-    assert n_new >= 50 and n_damaged >= 15 and n_compacted >= 30, (n_new, n_damaged, n_compacted,
-                                                                   time.monotonic() - start)
+    child = Forked(killed_store.main, tmp_path, folder=tmp_path)
+    assert child.wait(240) == 0, child.err[-3000:]
+    n_new, n_damaged, n_compacted = map(int, child.out.split())
+    assert n_new >= 50 and n_damaged >= 15 and n_compacted >= 30, (n_new, n_damaged, n_compacted)
