@@ -30,10 +30,11 @@ test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/curate/test_real_vllm.py tests/judge/test_real_judge.py -n 2 \
 		--dist loadfile -rP --durations 20
 
-# All tests in the environment that is there (made with `make env EXTRAS=[dev]`).
+# All tests in the environment that is there (made with `make env EXTRAS=[dev]`). On two cores, because a good part of the
+# time is waiting for other processes.
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 3
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -11,9 +11,16 @@ os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
 
 import pytest
 
+from tests import forked
 from tests.real_vllm import aligned_server  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the process to fork from ready when the first test wants it; a few tests by hand may not want it at all."""
+    if hasattr(config, "workerinput") and config.getoption("markexpr") != "vllm":
+        forked.begin()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

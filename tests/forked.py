@@ -1,8 +1,8 @@
 """Processes of a test's own, forked from one that has imported everything and done nothing.
 
 A test that kills, stops or fills up a process needs a real one, and one without the threads of earlier tests. Started
-from nothing, each would import torch, transformers and peft again, which takes longer than most tests. The first use in
-a process of pytest's starts the one that is forked from (``multiprocessing``'s fork server).
+from nothing, each would import torch, transformers and peft again, which takes longer than most tests. Each process of
+pytest's has one to fork from (``multiprocessing``'s fork server), which its first use starts, or ``begin``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["curate.score", "curate.commands.scoring", "curate.scorers.transformers", "judge.cli",
                               "judge.run", "train.cli", "train.runs"])
+
+
+def begin() -> None:
+    """Start the process that is forked from, which then imports while other tests run."""
+    forkserver.ensure_running()
 
 
 class Forked:
