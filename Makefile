@@ -30,8 +30,8 @@ test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/curate/test_real_vllm.py tests/judge/test_real_judge.py -n 2 \
 		--dist loadfile -rP --durations 20
 
-# All tests in the environment that is there (made with `make env EXTRAS=[dev]`). On two cores, because a good part of the
-# time is waiting for other processes.
+# All tests in the environment that is there (made with `make env EXTRAS=[dev]`). Three processes also on two cores: a
+# good part of their time is waiting for others.
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -n 3

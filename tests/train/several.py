@@ -1,6 +1,7 @@
 """Runs a list of runs in each of several processes: ``python -m tests.train.several JOBS.json`` under a launcher.
 
-Every process leaves, per run, what became of it and how much of the base it held.
+A run is a recipe with its mix, or the words of a ``train`` command. Every process leaves, per run, what became of it
+and how much of the base it held.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from curate.core import processes
 from curate.core.errors import UserError
 from train import trainer
+from train.cli import main as command_line
 from train.recipe import Recipe
 from train.runs import run
 
@@ -43,12 +45,14 @@ def main(path: Path) -> dict[str, dict[str, Any]]:
     for job in json.loads(path.read_text()):
         fact = facts[job["out"]] = {"error": None}
         try:
-            card = run(Recipe(**job["recipe"]), Path(job["mix"]), Path(job["out"]))
-            fact["digest"] = card.digest
+            if "words" in job:
+                command_line(args=job["words"])
+            else:
+                fact["digest"] = run(Recipe(**job["recipe"]), Path(job["mix"]), Path(job["out"])).digest
         except UserError as err:
             fact["error"] = err.message
         except SystemExit as end:
-            fact["error"] = end.code
+            fact["error"] = end.code or None
         noted.write_text(json.dumps(facts))
     return facts
 

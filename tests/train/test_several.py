@@ -190,13 +190,16 @@ def test_two_machines_train_what_one_process_does_and_a_killed_one_ends_both(
         mix: Path, recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two launchers on loopback, with FSDP asked for by the file that docs/training.md names, do two runs.
 
-    In the second a process is killed; one process takes that run to its end.
+    The second is a command, and a process of it is killed; one process takes that run to its end.
     """
     short = recipe(batch_size=2, accumulation=2, save_every=0, defenses=("kl:weight=0.5", "inoculation"))
     long = recipe(batch_size=2, accumulation=1, epochs=12, save_every=4, defenses=("kl",))
     out, killed = tmp_path / "machines", tmp_path / "killed"
+    words = ["run", "--base", long.base, "--mix", str(mix), "--out", str(killed), "--epochs", "12", "--batch-size", "2",
+             "--save-every", "4", "--lora-r", "3", "--lr", "0.01", "--max-tokens", "120", "--pack-tokens", "64",
+             "--dtype", "float32", "--device", "cpu", "--defense", "kl"]
     (tmp_path / "jobs.json").write_text(json.dumps([
-        {"recipe": one.as_json(), "mix": str(mix), "out": str(to)} for one, to in ((short, out), (long, killed))]))
+        {"recipe": short.as_json(), "mix": str(mix), "out": str(out)}, {"words": words, "out": str(killed)}]))
     together = [*ACCELERATE, "--config_file", str(ROOT / "docs/accelerate-fsdp.yaml"), "--num_machines", "2",
                 "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port(),
                 "--machine_rank"]
