@@ -30,11 +30,10 @@ test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/curate/test_real_vllm.py tests/judge/test_real_judge.py -n 2 \
 		--dist loadfile -rP --durations 20
 
-# All tests in the environment that is there (made with `make env EXTRAS=[dev]`). Three processes also on two cores: a
-# good part of their time is waiting for others.
+# All tests in the environment that is there (made with `make env EXTRAS=[dev]`).
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n 3
+	$(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
