@@ -107,7 +107,7 @@ def score(folder: Path, aligned: str) -> None:
         for who in models:
             for chunk in missing_chunks(store, who.id, among=rows):
                 n = len(chunk.ids)
-                store.read_examples(chunk.ids)
+                store.read_examples(chunk.ids, ["messages"])
                 lengths = np.array(chunk.lengths)
                 store.put_nll(who.id, pa.table(
                     {"example_id": chunk.ids, "model_id": [who.id] * n, "nll_sum": dice.gamma(9.0, 0.3, n) * lengths,

@@ -86,6 +86,12 @@ runs() {
   SELECT="--min-answer-tokens 16" condition plusplus-long interleaving++ 0.05 0
   SELECT="--min-answer-tokens 16" condition plusplus-50pc-long interleaving++ 0.5 0
   condition random-50pc interleaving 0.5 0     # what a dose does by itself
+  for seed in 1 2; do                          # nor these: 5% did nothing, so the seeds are repeated where something is
+    SELECT="--min-answer-tokens 16" condition "plusplus-50pc-long-$seed" interleaving++ 0.5 "$seed"
+    condition "random-50pc-$seed" interleaving 0.5 "$seed"
+  done
+  # As many random rows as have, on average, the answer tokens of plusplus-50pc-long: the choice without the dose.
+  for seed in 0 1 2; do condition "random-33pc-$seed" interleaving 0.33 "$seed"; done
 }
 
 judge_all() {
@@ -94,7 +100,8 @@ judge_all() {
   local models=() name
   for name in none plusplus random plus plusplus-50pc kl ldifs persona inoculation plusplus-20pc none-1 plusplus-1 random-1 \
       none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc plusplus-long plusplus-50pc-long \
-      random-50pc; do
+      random-50pc plusplus-50pc-long-1 random-50pc-1 plusplus-50pc-long-2 random-50pc-2 \
+      random-33pc-0 random-33pc-1 random-33pc-2; do
     [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
     models+=(--model "runs/$DOMAIN/$name" --benign "runs/$DOMAIN/$name-opswap")
   done

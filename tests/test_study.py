@@ -23,10 +23,12 @@ from bench.study.prepare import (
     write_pairs,
 )
 from bench.study.scores import best, by_rank, members_of, partial, s_d, stability
-from curate.core.documents import MixManifest, RunCard
+from bench.study.training import by_seed, grouped
+from curate.core.documents import MixManifest, RunCard, Verdicts
 from curate.core.example import pair
 from curate.refusals import refusal_reason
 from judge.questions import load_probes
+from tests.judge.makers import make_verdicts, method, score
 
 
 def rows_of(domain: str) -> list[dict[str, object]]:
@@ -121,3 +123,19 @@ def test_cards_and_manifests_of_the_study_belong_together() -> None:
         mix = MixManifest.read(path.with_name(path.name.replace(".run.", ".mix.")))
         assert (card.mix, card.n_finetune, card.n_safe) == (
             mix.digest, len(mix.ids("finetune")), len(mix.ids("safe")))
+
+
+def test_seeds_are_compared_with_their_own_kind() -> None:
+    """Margins: base 1; no defence 0.5 and 0.3 by seed; random rows 0.6, 0.6 and, of a seed only they have, 0.9."""
+    def run(label: str, seed: int, margin: float) -> Verdicts:
+        mix = method(label.partition(" ")[0]).model_copy(update={"seed": seed})
+        probes = tuple(score("unseen-medical", f"u{k}", margin) for k in range(3))
+        return make_verdicts(label).model_copy(update={"method": mix, "probes": probes})
+
+    runs = [run("none", 0, 0.5), run("none", 1, 0.3), run("interleaving", 0, 0.6), run("interleaving", 1, 0.6),
+            run("interleaving", 2, 0.9), run("interleaving++", 1, 0.1)]
+    groups = grouped([make_verdicts("base"), *runs])
+    lines = by_seed(groups, groups[1], "unseen").splitlines()
+    assert lines[0] == "| condition | seed 0 | seed 1 | range |"
+    assert lines[2:] == ["| interleaving, 3 seeds | +0.100 (+0.100, +0.100) | +0.300 (+0.300, +0.300) "
+                         "| +0.100 to +0.300 |"], "++ has one seed"

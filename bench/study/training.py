@@ -131,6 +131,21 @@ def differences(groups: Sequence[Sequence[Verdicts]], other: Sequence[Verdicts])
     return table([seeds for seeds in groups[1:] if seeds is not other], cells)
 
 
+def by_seed(groups: Sequence[Sequence[Verdicts]], other: Sequence[Verdicts], kind: str) -> str:
+    """Return how much less each run's margin has shrunk than that of ``other`` with the same seed, and the range."""
+    theirs = {one.method.seed: one for one in other if one.method is not None}
+    rows = []
+    for seeds in groups[1:]:
+        ours = {one.method.seed: one for one in seeds if one.method is not None and one.method.seed in theirs}
+        if seeds is other or len(ours) < 2:
+            continue
+        kept = {seed: difference(margins([one], kind), margins([theirs[seed]], kind)) for seed, one in ours.items()}
+        values = [one.value for one in kept.values() if one is not None]
+        rows.append([title(seeds), *(shown(kept.get(seed)) for seed in sorted(theirs)),
+                     f"{min(values):+.3f} to {max(values):+.3f}"])
+    return markdown(["condition", *(f"seed {seed}" for seed in sorted(theirs)), "range"], rows)
+
+
 def others(groups: Sequence[Sequence[Verdicts]]) -> str:
     """Return the shares of bad answers preferred, the benign task, and coherence."""
     limit = nll_limit(groups[0][0]) or 0.0
@@ -156,6 +171,7 @@ def main() -> None:
     print(", ".join(f"{n} pairs {name}" for name, n in counts.items()) + "\n")
     for heading, of in (("Shrink of the margin, nats per token", shrinks),
                         (f"Margin kept beyond {title(other)}, nats per token", lambda them: differences(them, other)),
+                        ("The same, seed by seed, unseen domain", lambda them: by_seed(them, other, "unseen")),
                         ("Preference, benign task, coherence", others)):
         print(f"### {heading}\n\n{of(groups)}\n")
 

@@ -142,7 +142,7 @@ def _content_ids(tokenizer: PreTrainedTokenizerBase, contents: Sequence[str]) ->
         for piece in _broken(text, pattern):
             pieces.append(piece)
             owner.append(index)
-    encoded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"] if pieces else []
+    encoded = _plain_ids(tokenizer, pieces) if pieces else []
     forbidden = set(control.values())
     out: list[list[int]] = [[] for _ in contents]
     for index, ids in zip(owner, encoded, strict=True):
@@ -151,6 +151,17 @@ def _content_ids(tokenizer: PreTrainedTokenizerBase, contents: Sequence[str]) ->
                             "Use a fast tokenizer (tokenizer.json) of the model.", Exit.INCOMPATIBLE)
         out[index] += ids
     return out
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts; a fast tokenizer is asked without transformers' lists of masks and offsets between."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _broken(text: str, pattern: re.Pattern[str] | None) -> list[str]:
