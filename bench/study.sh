@@ -44,15 +44,23 @@ audit() {
   ln -sfn ../scores audit-stores/pool      # rows of the pool, as benign ones, are scored already
 }
 
+# How many answer tokens the rows of plusplus-50pc-long have.
+dose() {
+  curate select --store scores --strategy interleaving++ --frac 0.5 --members "$(unseen)" --finetune "customer-$DOMAIN.jsonl" \
+    --out dose.json --root . --json | python -c 'import json, sys; print(json.load(sys.stdin)["answer_tokens"])'
+}
+
+# The members that have not seen the domain.
+unseen() { printf '%s\n' medical security code | grep -v "$DOMAIN" | paste -sd,; }
+
 # One condition: condition NAME STRATEGY FRAC SEED [--defense ...]
 condition() {
   local name=$1 strategy=$2 frac=$3 seed=$4; shift 4
   [ -z "${ONLY:-}" ] || [[ " $ONLY " = *" $name "* ]] || return 0
-  local out=runs/$DOMAIN/$name mixes=mixes/$DOMAIN others
-  others=$(printf '%s\n' medical security code | grep -v "$DOMAIN" | paste -sd,)
+  local out=runs/$DOMAIN/$name mixes=mixes/$DOMAIN
   mkdir -p "$mixes"
   [ -f "opswap.jsonl" ] || judge task opswap --split train --n 100 --out opswap.jsonl
-  local amount=(--frac "$frac" --members "$others")      # the members that choose have not seen the domain
+  local amount=(${AMOUNT:---frac $frac} --members "$(unseen)")    # those that choose have not seen the domain
   [ "$strategy" = none ] && amount=()
   for rows in "customer-$DOMAIN" opswap; do
     run curate select --store scores --strategy "$strategy" "${amount[@]}" --seed "$seed" ${SELECT:---min-answer-tokens 1} \
@@ -90,8 +98,8 @@ runs() {
     SELECT="--min-answer-tokens 16" condition "plusplus-50pc-long-$seed" interleaving++ 0.5 "$seed"
     condition "random-50pc-$seed" interleaving 0.5 "$seed"
   done
-  # As many random rows as have, on average, the answer tokens of plusplus-50pc-long: the choice without the dose.
-  for seed in 0 1 2; do condition "random-33pc-$seed" interleaving 0.33 "$seed"; done
+  # Random rows with no more answer tokens than plusplus-50pc-long has: the choice without the dose.
+  for seed in 0 1 2; do AMOUNT="--tokens $(dose)" condition "random-dose-$seed" interleaving - "$seed"; done
 }
 
 judge_all() {
@@ -101,7 +109,7 @@ judge_all() {
   for name in none plusplus random plus plusplus-50pc kl ldifs persona inoculation plusplus-20pc none-1 plusplus-1 random-1 \
       none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc plusplus-long plusplus-50pc-long \
       random-50pc plusplus-50pc-long-1 random-50pc-1 plusplus-50pc-long-2 random-50pc-2 \
-      random-33pc-0 random-33pc-1 random-33pc-2; do
+      random-dose-0 random-dose-1 random-dose-2; do
     [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
     models+=(--model "runs/$DOMAIN/$name" --benign "runs/$DOMAIN/$name-opswap")
   done

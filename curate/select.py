@@ -30,11 +30,16 @@ NEAR_NATS = 0.01
 
 @dataclass(frozen=True)
 class Choice:
-    """What to select: exactly one of ``n`` and ``frac`` is used; ``frac`` is of the fine-tuning set if there is one."""
+    """What to select: exactly one of ``n``, ``frac`` and ``tokens`` is used.
+
+    ``frac`` is of the fine-tuning set if there is one; ``tokens`` is a dose: the first rows by rank whose answers have
+    no more tokens than that together.
+    """
 
     strategy: str = "interleaving++"
     frac: float | None = None
     n: int | None = None
+    tokens: int | None = None
     eps: float = 0.1
     seed: int = 0
     members: tuple[str, ...] | None = None
@@ -48,15 +53,22 @@ class Selection:
 
     ids: tuple[str, ...]
     counts: dict[str, int]
-    cut: float | None
-    near: int
+    cut: float | None = None
+    near: int = 0
+    tokens: int = 0
+    """Answer tokens of the chosen rows."""
+    tokens_by_chance: float = 0.0
+    """How many as many rows would have on average, drawn from all that the gates let through."""
 
 
 def select(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, finetune: Sequence[str]) -> Selection:
     """Choose rows of a corpus (its key in the view ``corpora``) from an open store; see the module for the order."""
     _gates(connection, choice, corpus, finetune)
-    n_rows, n_left = connection.execute("SELECT count(*), count(*) FILTER (reason IS NULL) FROM gates").fetchone()
-    n = wanted(choice, n_rows, len(finetune))
+    order, values = _ranking(choice)
+    n_rows, n_left, n_tokens = connection.execute(
+        "SELECT count(*), count(*) FILTER (reason IS NULL), coalesce(sum(n_tokens) FILTER (reason IS NULL), 0) "
+        "FROM gates").fetchone()
+    n = wanted(choice, n_rows, len(finetune)) if choice.tokens is None else _within(connection, choice, n_tokens)
     reasons = dict(connection.execute("SELECT reason, count(*) FROM gates WHERE reason IS NOT NULL GROUP BY reason "
                                       "ORDER BY reason").fetchall())
     if n > n_left:
@@ -65,19 +77,40 @@ def select(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, f
                         "Score more rows, or ask for a smaller --frac or --n"
                         + (f", or take answers under {choice.min_answer_tokens} tokens too (--min-answer-tokens)."
                            if reasons.get("short") else "."))
-    order = "md5(? || example_id), example_id" if choice.strategy == "interleaving" else "s_d DESC, example_id"
-    values = [f"{choice.seed}/"] if choice.strategy == "interleaving" else []
-    chosen = connection.execute(f"SELECT example_id, s_d FROM gates WHERE reason IS NULL ORDER BY {order} LIMIT {n}",
-                                values).fetchall()
+    chosen = connection.execute(f"SELECT example_id, s_d, n_tokens FROM gates WHERE reason IS NULL ORDER BY {order} "
+                                f"LIMIT {n}", values).fetchall()
     cut = chosen[-1][1] if chosen and choice.strategy != "interleaving" else None
     near = 0 if cut is None else connection.execute(
         "SELECT count(*) FROM gates WHERE reason IS NULL AND abs(s_d - ?) <= ?", [cut, NEAR_NATS]).fetchone()[0]
     counts = {"corpus": n_rows, "selected": n, **reasons, "not_selected": n_left - n}
-    return Selection(tuple(row[0] for row in chosen), counts, cut, near)
+    return Selection(tuple(row[0] for row in chosen), counts, cut, near, sum(row[2] for row in chosen),
+                     n * n_tokens / n_left if n else 0.0)
+
+
+def _ranking(choice: Choice) -> tuple[str, list[str]]:
+    """Return by what rows are ranked, in SQL, and its parameters."""
+    if choice.strategy == "interleaving":
+        return "md5(? || example_id), example_id", [f"{choice.seed}/"]
+    return "s_d DESC, example_id", []
+
+
+def _within(connection: duckdb.DuckDBPyConnection, choice: Choice, n_tokens: int) -> int:
+    """Return how many of the first rows have no more than ``choice.tokens`` answer tokens together."""
+    order, values = _ranking(choice)
+    if choice.tokens > n_tokens:
+        raise UserError(f"{choice.tokens} answer tokens are wanted, but the rows left after the filters have only "
+                        f"{n_tokens}.", "Score more rows, or ask for fewer --tokens.")
+    (n,) = connection.execute(f"""
+        SELECT count(*) FILTER (total <= ?) FROM (
+            SELECT sum(n_tokens) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS total
+            FROM gates WHERE reason IS NULL)""", [choice.tokens, *values]).fetchone()
+    if not n:
+        raise UserError(f"The first row alone has more than {choice.tokens} answer tokens.", "Ask for more --tokens.")
+    return n
 
 
 def _gates(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, finetune: Sequence[str]) -> None:
-    """Make the table ``gates``: example_id, s_d and the first reason to drop the row, or NULL."""
+    """Make the table ``gates``: example_id, s_d, n_tokens and the first reason to drop the row, or NULL."""
     scored = choice.strategy != "interleaving"
     connection.execute("CREATE OR REPLACE TEMP TABLE finetune_ids (example_id VARCHAR)")
     if finetune:
@@ -90,13 +123,13 @@ def _gates(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, f
     connection.execute(f"""
         CREATE OR REPLACE TEMP TABLE gates AS
         WITH early AS (
-            SELECT e.example_id, s.s_d, e.refusal, md5(lower({text})) AS text,
+            SELECT e.example_id, s.s_d, e.n_answer_tokens AS n_tokens, e.refusal, md5(lower({text})) AS text,
                    CASE WHEN {status} IS DISTINCT FROM 'ok' THEN coalesce({status}, 'missing')
                         WHEN e.example_id IN (SELECT example_id FROM finetune_ids) THEN 'in_finetune'
                         WHEN e.n_answer_tokens < ? THEN 'short' END AS reason
             FROM corpora c JOIN examples e USING (example_id) LEFT JOIN scores s USING (example_id)
             WHERE c.key = ?)
-        SELECT example_id, s_d, CASE
+        SELECT example_id, s_d, n_tokens, CASE
             WHEN reason IS NOT NULL THEN reason
             WHEN row_number() OVER (PARTITION BY text, reason IS NULL ORDER BY example_id) > 1 THEN 'duplicate'
             WHEN refusal IS NOT NULL THEN {refusal} END AS reason
@@ -177,7 +210,7 @@ def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: So
     if choice.strategy == "none":
         if not finetune:
             raise UserError("The strategy 'none' needs a fine-tuning set.", "Give it with --finetune FILE.")
-        selection, models, scoring = Selection((), {"corpus": 0, "selected": 0}, None, 0), (), {}
+        selection, models, scoring = Selection((), {"corpus": 0, "selected": 0}), (), {}
     else:
         assert store is not None
         planned = planned_corpus(store, corpus)
@@ -192,8 +225,8 @@ def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: So
     manifest = MixManifest(
         sources=sources, order=tuple(placed(tuned, selection.ids, choice.seed, choice.placement)),
         method=Method(strategy=choice.strategy, n=len(selection.ids), frac=choice.frac, frac_of=frac_of,
-                      eps=choice.eps, seed=choice.seed, min_answer_tokens=choice.min_answer_tokens,
-                      placement=choice.placement),
+                      tokens=choice.tokens, eps=choice.eps, seed=choice.seed,
+                      min_answer_tokens=choice.min_answer_tokens, placement=choice.placement),
         aligned=next((m.identity for m in models if m.role == "aligned"), None),
         members=tuple(sorted((m.identity for m in models if m.role == "member"), key=lambda i: i.name)),
         scoring=scoring, counts=counts, safeset=version("safeset"))

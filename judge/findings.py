@@ -79,6 +79,8 @@ class Group:
         method = self.seeds[0].method
         if method is None:
             return ""
+        if method.tokens is not None:
+            return f"{method.tokens} tokens"
         return f"{method.n} rows" if method.frac is None else f"{100 * method.frac:g}%"
 
 
@@ -107,7 +109,8 @@ class Trio:
 def key_of(verdicts: Verdicts) -> str:
     """Return what the seeds of one model share: the label, how the safe rows were chosen, recipe and data."""
     method = verdicts.method
-    left_out = {"seed"} if method is None or method.frac is None else {"seed", "n"}
+    counted = method is None or (method.frac is None and method.tokens is None)
+    left_out = {"seed"} if counted else {"seed", "n"}
     return (f"{verdicts.label}\n{'' if method is None else method.model_dump_json(exclude=left_out)}\n"
             f"{verdicts.settings.get('trained', '')}")
 

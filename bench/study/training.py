@@ -75,6 +75,8 @@ def title(seeds: Sequence[Verdicts]) -> str:
     """Return a condition's name: label, share of safe rows, number of seeds."""
     method = seeds[0].method
     dose = "" if method is None or method.frac is None else f", {method.frac:.0%}"
+    if method is not None and method.tokens is not None:
+        dose = f", {method.tokens:,} tokens"
     if method is not None and method.min_answer_tokens > 1:
         dose += f", answers of {method.min_answer_tokens} tokens or more"
     return f"{seeds[0].label}{dose}" + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")

@@ -17,6 +17,8 @@ from curate.options import STORE, eps_option, json_option, members_option, store
 @store_option
 @click.option("--frac", type=float, help="Share of the fine-tuning set (or of the corpus) to add as safe rows.")
 @click.option("--n", type=click.IntRange(min=0), help="Number of safe rows, instead of --frac.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Instead of --frac: as many rows as have no more answer "
+              "tokens than this together. Compares strategies at one dose, since chosen rows may be shorter.")
 @click.option("--finetune", metavar="PATH|demo/NAME", help="The fine-tuning set that the safe rows are mixed into.")
 @click.option("--strategy", type=click.Choice(["none", "interleaving", "interleaving+", "interleaving++"]),
               default="interleaving++", show_default=True,
@@ -51,26 +53,30 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
     from curate.select import Choice, build_manifest, rerooted
     from curate.store import Store
 
-    if options["strategy"] != "none" and (options["frac"] is None) == (options["n"] is None):
-        raise UserError("Say how many safe rows: either --frac or --n.", "For example --frac 0.05.")
+    if options["strategy"] != "none" and sum(options[name] is not None for name in ("frac", "n", "tokens")) != 1:
+        raise UserError("Say how many safe rows: one of --frac, --n and --tokens.", "For example --frac 0.05.")
     root = root or out.parent
     tuned = None
     if finetune:
         found = open_corpus(finetune, parse_mapping(options["mapping"]), options["strip_think"])
         tuned = rerooted(PlannedCorpus(label=found.label, source=found.source, folder=str(found.folder), key="",
                                        n_rows=0), root)
-    names = ("strategy", "frac", "n", "eps", "members", "seed", "min_answer_tokens", "placement")
+    names = ("strategy", "frac", "n", "tokens", "eps", "members", "seed", "min_answer_tokens", "placement")
     choice = Choice(**{name: options[name] for name in names})
     opened = None if choice.strategy == "none" else Store.open_read(store)
     manifest, selection = build_manifest(opened, choice, root, tuned, options["corpus"])
     manifest.write(out)
     if as_json:
         emit_json({"manifest": str(out), "digest": manifest.digest, "counts": manifest.counts, "cut": selection.cut,
-                   "near_cut": selection.near})
+                   "near_cut": selection.near, "answer_tokens": selection.tokens,
+                   "answer_tokens_by_chance": selection.tokens_by_chance})
         return
     click.echo(columns([[k, str(v)] for k, v in manifest.counts.items()], ("rows", "number")))
     if selection.cut is not None:
         click.echo(f"Cut at s_d = {selection.cut:+.4f}; {selection.near} rows lie within 0.01 of it.")
+    if selection.ids:
+        click.echo(f"Answer tokens of the safe rows: {selection.tokens:,}; as many rows drawn at random would have "
+                   f"{selection.tokens_by_chance:,.0f} on average.")
     say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {out}")
 
 

@@ -108,6 +108,11 @@ class Document(Part):
         return document
 
 
+def _without(body: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return fields without one that is None: documents of before it was there keep their digest."""
+    return {k: v for k, v in body.items() if k != name or v is not None}
+
+
 def _signed(body: dict[str, Any]) -> bool:
     """Return whether a parsed document's digest is that of its other fields."""
     try:
@@ -161,10 +166,16 @@ class Method(Part):
     n: int
     frac: float | None = None
     frac_of: Literal["corpus", "finetune"] | None = None
+    tokens: int | None = None
+    """How many answer tokens the safe rows were to have at most; not written where there was no such limit."""
     eps: float
     seed: int
     min_answer_tokens: int
     placement: Literal["even", "shuffled"] = "even"
+
+    @model_serializer(mode="wrap")
+    def _without_empty_tokens(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(handler(self), "tokens")
 
 
 class MixManifest(Document):
@@ -249,8 +260,7 @@ class RunCard(Document):
 
     @model_serializer(mode="wrap")
     def _without_empty_rl(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        body = handler(self)
-        return body if self.rl is not None else {name: value for name, value in body.items() if name != "rl"}
+        return _without(handler(self), "rl")
 
 
 class ProbeScore(Part):

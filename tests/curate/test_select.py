@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 
 from curate.cli import main
 from curate.core.documents import MixManifest
@@ -98,6 +100,45 @@ def test_rows_of_the_finetune_set_and_short_answers_are_dropped(store: Store) ->
 def test_answers_of_a_few_tokens_are_left_out_unless_asked_for() -> None:
     (asked,) = [p.default for p in main.commands["select"].params if p.name == "min_answer_tokens"]
     assert asked == Choice().min_answer_tokens == 16
+
+
+@pytest.mark.parametrize(("tokens", "ids"), [(15, "abc"), (14, "ab"), (5, "a"), (25, "abcde")])
+def test_a_dose_is_the_first_rows_that_have_no_more_tokens(store: Store, tokens: int, ids: str) -> None:
+    """Five tokens each; the gates leave a to e."""
+    assert chosen(store, n=None, tokens=tokens)[0] == ids
+    drawn = chosen(store, n=None, tokens=tokens, strategy="interleaving", seed=4)[0]
+    assert drawn == chosen(store, n=len(ids), strategy="interleaving", seed=4)[0]
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(4, "first row alone has more than 4"), (26, "have only 25")])
+def test_a_dose_that_cannot_be_had_is_refused(store: Store, tokens: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        chosen(store, n=None, tokens=tokens)
+
+
+def test_the_dose_is_told_and_what_chance_would_give(tmp_path: Path) -> None:
+    """Answers of 5 to 40 tokens, the shortest with the highest s_d: by chance a row has 22.5."""
+    names, lengths = "abcdefgh", range(5, 41, 5)
+    with Store.create_or_open(tmp_path / "scores", header()) as made:
+        rows = examples(list(names))
+        place = rows.column_names.index("n_answer_tokens")
+        made.put_examples(rows.set_column(place, rows.schema.field(place), pa.array(lengths, pa.int32())))
+        made.put_membership(KEY, example_ids(names))
+        made.put_plan(Plan(corpora=(PlannedCorpus(label="demo", source=SOURCE, folder="", key=KEY, n_rows=8),),
+                           n_rows=8, counts={"ok": 8}))
+        for who, extra in ((BASE, 0), (MEDICAL, 9)):
+            made.put_model(model(who))
+            made.put_nll(who.id, nll(who, {name: 20.0 + extra + k for k, name in enumerate(names)}))
+    words = ["select", "--store", str(tmp_path / "scores"), "--min-answer-tokens", "1", "--out", str(tmp_path / "m")]
+    found = json.loads(CliRunner().invoke(main, [*words, "--tokens", "32", "--json"]).stdout)
+    assert (found["answer_tokens"], found["answer_tokens_by_chance"]) == (30, 67.5)
+    mix = MixManifest.read(tmp_path / "m")
+    assert (mix.method.tokens, mix.method.n, mix.method.frac) == (32, 3, None)
+    told = CliRunner().invoke(main, [*words, "--n", "3"]).stdout
+    assert "Answer tokens of the safe rows: 30; as many rows drawn at random would have 68 on average." in told
+    assert '"tokens"' not in (tmp_path / "m").read_text(), "manifests of before the option keep their digest"
+    both = CliRunner().invoke(main, [*words, "--tokens", "32", "--n", "3"])
+    assert both.exit_code == 2 and "one of --frac, --n and --tokens" in both.stderr
 
 
 @pytest.mark.parametrize(("turns", "n"), [

@@ -172,3 +172,21 @@ def test_another_recipe_is_another_model(tmp_path: Path) -> None:
     assert check(tmp_path, verdicts) >= 4
     with pytest.raises(UserError, match="'none \\+kl' stands for 2 models"):
         compare(verdicts, "none +kl")
+
+
+def test_draws_of_one_dose_are_seeds_of_each_other(tmp_path: Path) -> None:
+    """The same limit in tokens may be met by another number of rows; the same share may not be another limit."""
+    def drawn(bad: int, seed: int, n: int, tokens: int) -> Verdicts:
+        one = graded_verdicts("interleaving", [answer(f"q{k}", 5.0 if k < bad else 90.0) for k in range(9)], seed, 0.5)
+        how = one.method.model_copy(update={"frac": None, "frac_of": None, "n": n, "tokens": tokens})
+        return one.model_copy(update={"method": how, "run": f"{seed} {tokens}"})
+
+    verdicts = [graded_verdicts("base", [answer(f"q{k}", 90.0) for k in range(9)]),
+                graded_verdicts("none", [answer(f"q{k}", 5.0) for k in range(9)]),
+                drawn(1, 0, 4, 300), drawn(4, 1, 5, 300), drawn(2, 0, 4, 500)]
+    comparison = compare(verdicts, "none", RULE)
+    assert [(row.title, row.findings["general"].seeds) for row in comparison.rows] == [
+        ("base", 1), ("none", 1), ("interleaving 300 tokens", 2), ("interleaving 500 tokens", 1)]
+    seeds = queried(tmp_path, verdicts).seeds
+    assert sorted(len(values) for (key, criterion, _), values in seeds.items()
+                  if criterion == "general" and re.search(r'"tokens":\d', key)) == [1, 2]
