@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -26,6 +28,29 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that no process waits for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_several.py")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there alone in later collections of garbage.
+
+    Each training run has one, which would look through the million objects that imports leave, for longer than a tiny
+    model trains.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
+    """After each file, leave also what it has imported alone."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        pytest_collection_finish()
+
+
+def pytest_unconfigure() -> None:
+    """Let the end of the process clear away everything, or nanobind complains of leaks."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["curate.score", "curate.commands.scoring", "curate.scorers.transformers", "judge.cli",
-                              "judge.run", "train.cli", "train.runs"])
+                              "judge.run", "train.cli", "train.runs", "tests.frozen"])
 
 
 def begin() -> None:
