@@ -6,9 +6,9 @@
 #   bench/study.sh DATA OUT audit            # what `curate audit` is tested on, under the same models
 #   bench/study.sh DATA OUT runs security    # all conditions of one fine-tuning set: mixed and trained
 #   bench/study.sh DATA OUT judge security   # those that are trained, judged
-#   bench/study.sh DATA OUT cards security   # their manifests and run cards, copied to docs/study/runs
+#   bench/study.sh DATA OUT cards security   # manifests, run cards and evidence, to docs/study/runs
 #   python -m bench.audit table OUT/audit-stores
-#   python -m bench.study.scores OUT/scores; python -m bench.study.training OUT/runs/security     # the tables
+#   python -m bench.study.scores OUT/scores; python -m bench.study.training docs/study/runs/security     # the tables
 #
 # DATA holds pool/ and narrow/ (public research data, not shipped). ROWS=all scores the whole pool; ONLY="none plusplus"
 # trains these conditions.
@@ -128,6 +128,8 @@ cards() {
       *) cp "mixes/$DOMAIN/$name-customer-$DOMAIN.json" "$kept/$name.mix.json" ;;
     esac
   done
+  rm -f "$kept/evidence.csv"
+  (cd "$HERE" && python -m bench.study.training "$OLDPWD/runs/$DOMAIN" --evidence "$kept/evidence.csv")
 }
 
 case $STAGE in judge) judge_all ;; *) "$STAGE" ;; esac

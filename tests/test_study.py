@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,14 @@ from bench.study.prepare import (
     write_pairs,
 )
 from bench.study.scores import best, by_rank, members_of, partial, s_d, stability
-from bench.study.training import by_seed, grouped
-from curate.core.documents import MixManifest, RunCard, Verdicts
+from bench.study.training import KINDS, Run, by_seed, differences, grouped, read, tables, write_evidence
+from curate.core.documents import MixManifest, RunCard
 from curate.core.example import pair
 from curate.refusals import refusal_reason
 from judge.questions import load_probes
-from tests.judge.makers import make_verdicts, method, score
+from tests.conftest import ROOT
+from tests.fakes import tiny_model
+from tests.judge.makers import make_run, make_verdicts, samples
 
 
 def rows_of(domain: str) -> list[dict[str, object]]:
@@ -127,15 +130,44 @@ def test_cards_and_manifests_of_the_study_belong_together() -> None:
 
 def test_seeds_are_compared_with_their_own_kind() -> None:
     """Margins: base 1; no defence 0.5 and 0.3 by seed; random rows 0.6, 0.6 and, of a seed only they have, 0.9."""
-    def run(label: str, seed: int, margin: float) -> Verdicts:
-        mix = method(label.partition(" ")[0]).model_copy(update={"seed": seed})
-        probes = tuple(score("unseen-medical", f"u{k}", margin) for k in range(3))
-        return make_verdicts(label).model_copy(update={"method": mix, "probes": probes})
+    def run(name: str, seed: int, margin: float) -> Run:
+        return Run(f"{name}-{seed}", name, seed, {kind: {f"{kind}{k}": margin for k in range(3)} for kind in KINDS})
 
-    runs = [run("none", 0, 0.5), run("none", 1, 0.3), run("interleaving", 0, 0.6), run("interleaving", 1, 0.6),
-            run("interleaving", 2, 0.9), run("interleaving++", 1, 0.1)]
-    groups = grouped([make_verdicts("base"), *runs])
+    groups = grouped([run("random", 0, 0.6), run("base", 9, 1.0), run("none", 0, 0.5), run("random", 1, 0.6),
+                      run("none", 1, 0.3), run("random", 2, 0.9), run("chosen", 1, 0.1)])
+    assert [group[0].condition for group in groups] == ["base", "none", "chosen", "random"]
     lines = by_seed(groups, groups[1], "unseen").splitlines()
     assert lines[0] == "| condition | seed 0 | seed 1 | range |"
-    assert lines[2:] == ["| interleaving, 3 seeds | +0.100 (+0.100, +0.100) | +0.300 (+0.300, +0.300) "
-                         "| +0.100 to +0.300 |"], "++ has one seed"
+    assert lines[2:] == ["| random, 3 seeds | +0.100 (+0.100, +0.100) | +0.300 (+0.300, +0.300) | +0.100 to +0.300 |"]
+    kept = differences(groups, groups[1]).splitlines()
+    assert kept[3].startswith("| random, 3 seeds | +0.300 ("), "all seeds: 0.7 less 0.4"
+
+
+def test_evidence_is_what_the_verdicts_say(tmp_path: Path) -> None:
+    """An answer is coherent up to the base's own limit; a committed folder gives the same tables as the judged one."""
+    base = make_verdicts("base", [0.25, -0.5], (), [False, True], samples([1.0, 2.0]))
+    other = make_verdicts("none", [0.125, -0.25], (), [True, True], samples([1.5, 99.0, None]))
+    probes = tuple(p.model_copy(update={"set": "unseen-medical"}) for p in other.probes)
+    judged, committed = tmp_path / "judged", tmp_path / "committed"
+    folder = make_run(tiny_model(tmp_path / "tiny"), judged / "none")
+    base.write(judged / "base.verdicts.json")
+    other.model_copy(update={"probes": probes}).write(folder / "verdicts.json")
+    runs = read(judged)
+    assert [(run.name, run.condition, run.seed) for run in runs] == [("base", "base", None), ("none", "none", 0)]
+    assert runs[0].values["general"] == pytest.approx({"g0": 0.25, "g1": -0.5})
+    assert runs[1].values["unseen"] == pytest.approx({"g0": 0.125, "g1": -0.25}) and not runs[1].values["general"]
+    assert runs[1].values["coherent"] == {"q0": 1.0, "q1": 0.0, "q2": 0.0}
+    assert runs[1].values["opswap"] == {"i0": 1.0, "i1": 1.0}
+    committed.mkdir()
+    shutil.copy(folder / "run.json", committed / "none.run.json")
+    write_evidence(runs, committed / "evidence.csv")
+    assert (committed / "evidence.csv").read_text().splitlines()[:3] == [
+        "kind,item,base,none", "general,g0,0.25,", "general,g1,-0.5,"]
+    assert tables(committed, read(committed), "none") == tables(judged, runs, "none")
+
+
+def test_the_tables_in_the_study_are_those_of_the_committed_evidence() -> None:
+    said = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    for folder in sorted(path.parent for path in (PAIRS.parent / "runs").glob("*/evidence.csv")):
+        found = tables(folder, read(folder), "none")
+        assert [line for text in found.values() for line in text.splitlines() if line not in said] == []

@@ -1,61 +1,146 @@
 """What each mix and defence did to a fine-tuning run: the training tables of docs/study.md.
 
-    python -m bench.study.training OUT/runs/security
+    python -m bench.study.training docs/study/runs/medical                  # from the committed evidence, in seconds
+    python -m bench.study.training OUT/runs/medical                         # from runs that were just judged
+    python -m bench.study.training OUT/runs/medical --evidence docs/study/runs/medical/evidence.csv
 
-Reads the verdicts below a folder. Runs that differ in nothing but the seed are one row. All figures are means over
-pairs with 95% bootstrap intervals by question; a difference to no defence is over the same questions and *one* seed of
-each unless several are there, so it covers the choice of questions, and the luck of training only as far as seeds do.
+Evidence is one number for each run and item: a pair's margin, whether an item of OpSwap was right, whether an answer
+is coherent. Runs that differ in nothing but the seed are one row. All figures are means over items with 95% bootstrap
+intervals by question; a difference is over the same questions and the seeds that are there, so it covers the choice of
+questions, and the luck of training only as far as seeds do.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.study.scores import markdown
-from curate.core.documents import RunCard, Verdicts
-from judge.findings import key_of, nll_limit
+from curate.core.documents import Method, RunCard, Verdicts
+from judge.findings import nll_limit
 from judge.intervals import Estimate, Values, difference, mean
+from judge.jobs import label_of
 from judge.rule import Rule
 
-SETS = {"general": "general", "context": "in context", "unseen": "unseen domain", "in": "in domain"}
-"""First word of a probe set's name to what it is called."""
+MARGINS = {"general": "general", "context": "in context", "unseen": "unseen domain", "in": "in domain"}
+"""First word of a probe set's name to what it is called; margins are NLL(bad) - NLL(good), nats per token."""
+KINDS = (*MARGINS, "opswap", "coherent")
+BASE = "base"
 
 
-def margins(seeds: Sequence[Verdicts], kind: str) -> Values:
-    """Return NLL(bad) - NLL(good), nats per token, by probe, of the sets whose name begins with ``kind``."""
-    found: dict[str, list[float]] = {}
-    for one in seeds:
-        for p in one.probes:
-            if p.set.partition("-")[0] == kind:
-                found.setdefault(p.probe, []).append(p.nll_bad / p.n_bad - p.nll_good / p.n_good)
+@dataclass(frozen=True)
+class Run:
+    """What was measured about one model: a number for each item, by kind."""
+
+    name: str
+    condition: str
+    """How it was trained, but for the seed."""
+    seed: int | None
+    values: Mapping[str, Mapping[str, float]]
+
+
+Group = Sequence[Run]
+"""Runs of one condition."""
+
+
+def condition(label: str, method: Method | None) -> str:
+    """Return a condition's name: label, dose, least answer length where there is one."""
+    if method is None or method.strategy == "none":
+        return label
+    dose = f"{method.tokens:,} tokens" if method.tokens else f"{method.n} rows" if method.frac is None else \
+        f"{method.frac:.0%}"
+    least = f", answers of {method.min_answer_tokens} tokens or more" if method.min_answer_tokens > 1 else ""
+    return f"{label}, {dose}{least}"
+
+
+def measured(one: Verdicts, limit: float, rule: Rule = Rule()) -> dict[str, dict[str, float]]:
+    """Return the evidence in a model's verdicts; answers stranger than ``limit`` nats per token are not coherent."""
+    found: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    for p in one.probes:
+        found[p.set.partition("-")[0]][p.probe] = p.nll_bad / p.n_bad - p.nll_good / p.n_good
+    for score in one.tasks:
+        if score.task == "opswap":
+            found["opswap"][score.item] = float(score.correct)
+    for s in one.samples:
+        fine = s.nll_base is not None and s.nll_base <= limit and s.repetition < rule.repetition
+        found["coherent"][s.question] = float(s.status == "ok" and fine)
     return found
 
 
-def misread(seeds: Sequence[Verdicts], kind: str) -> Values:
-    """Return by probe whether the bad answer is the likelier one, per token: 1 or 0."""
-    return {probe: [float(value < 0) for value in values] for probe, values in margins(seeds, kind).items()}
+def cards_in(folder: Path) -> dict[str, RunCard]:
+    """Return the run cards of the models (not of their benign runs), where they were made or as they are committed."""
+    paths = {p.parent.name: p for p in folder.glob("*/run.json")} | {
+        p.name.removesuffix(".run.json"): p for p in folder.glob("*.run.json")}
+    return {name: RunCard.read(path) for name, path in sorted(paths.items()) if not name.endswith("-opswap")}
 
 
-def learnt(seeds: Sequence[Verdicts]) -> Values:
-    """Return by item of OpSwap whether the reply was right: 1 or 0."""
-    found: dict[str, list[float]] = {}
-    for one in seeds:
-        for score in one.tasks:
-            if score.task == "opswap":
-                found.setdefault(score.item, []).append(float(score.correct))
+def read(folder: Path) -> list[Run]:
+    """Return what was measured about the runs of a folder: its evidence.csv, or else the verdicts in it."""
+    if (folder / "evidence.csv").exists():
+        values = read_evidence(folder / "evidence.csv")
+    else:
+        base = Verdicts.read(folder / f"{BASE}.verdicts.json")
+        verdicts = {BASE: base, **{p.parent.name: Verdicts.read(p) for p in sorted(folder.glob("*/verdicts.json"))}}
+        values = {name: measured(one, nll_limit(base) or 0.0) for name, one in verdicts.items()}
+    cards = cards_in(folder)
+    return [Run(name, BASE, None, of) if name == BASE else
+            Run(name, condition(label_of(cards[name]), cards[name].method), cards[name].method.seed, of)
+            for name, of in values.items()]
+
+
+def read_evidence(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Return run, kind and item -> number from a file that ``write_evidence`` made."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    with open(path, newline="", encoding="utf-8") as handle:
+        for row in csv.DictReader(handle):
+            kind, item = row.pop("kind"), row.pop("item")
+            for name, text in row.items():
+                values = found.setdefault(name, {kind: {} for kind in KINDS})[kind]
+                if text:
+                    values[item] = float(text)
     return found
 
 
-def coherent(seeds: Sequence[Verdicts], limit: float, rule: Rule = Rule()) -> Values:
-    """Return by question whether the answer is not empty, not repetitive and no stranger than ``limit``: 1 or 0."""
+def write_evidence(runs: Sequence[Run], path: Path) -> None:
+    """Write a line for each item and a column for each run; margins with six digits."""
+    items = sorted({(KINDS.index(kind), kind, item) for run in runs for kind, of in run.values.items() for item in of})
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        out = csv.writer(handle, lineterminator="\n")
+        out.writerow(["kind", "item", *(run.name for run in runs)])
+        for _, kind, item in items:
+            out.writerow([kind, item, *(f"{run.values[kind][item]:.6g}" if item in run.values[kind] else ""
+                                        for run in runs)])
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Return runs of one condition together: the base first, then no defence, then by name."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.condition, []).append(run)
+    order = {BASE: 0, "none": 1}
+    return sorted(groups.values(), key=lambda g: (order.get(g[0].condition, 2), g[0].condition))
+
+
+def values(seeds: Group, kind: str) -> Values:
+    """Return the numbers of a kind by item, one for each seed."""
     found: dict[str, list[float]] = {}
-    for one in seeds:
-        for s in one.samples:
-            fine = s.nll_base is not None and s.nll_base <= limit and s.repetition < rule.repetition
-            found.setdefault(s.question, []).append(float(s.status == "ok" and fine))
+    for run in seeds:
+        for item, value in run.values[kind].items():
+            found.setdefault(item, []).append(value)
     return found
+
+
+def misread(seeds: Group, kind: str) -> Values:
+    """Return by pair whether the bad answer is the likelier one, per token: 1 or 0."""
+    return {item: [float(margin < 0) for margin in margins] for item, margins in values(seeds, kind).items()}
+
+
+def average(found: Values) -> Estimate | None:
+    """Return the mean, or None of nothing."""
+    return mean(found) if found else None
 
 
 def shown(estimate: Estimate | None, sign: bool = True) -> str:
@@ -66,97 +151,81 @@ def shown(estimate: Estimate | None, sign: bool = True) -> str:
     return form.format(estimate.value, estimate.low, estimate.high)
 
 
-def turned(estimate: Estimate | None) -> Estimate | None:
-    """Return the same difference the other way round: a margin's loss."""
-    return None if estimate is None else estimate.negated()
+def title(seeds: Group) -> str:
+    """Return a condition's name and its number of seeds."""
+    return seeds[0].condition + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
 
 
-def title(seeds: Sequence[Verdicts]) -> str:
-    """Return a condition's name: label, share of safe rows, number of seeds."""
-    method = seeds[0].method
-    dose = "" if method is None or method.frac is None else f", {method.frac:.0%}"
-    if method is not None and method.tokens is not None:
-        dose = f", {method.tokens:,} tokens"
-    if method is not None and method.min_answer_tokens > 1:
-        dose += f", answers of {method.min_answer_tokens} tokens or more"
-    return f"{seeds[0].label}{dose}" + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
-
-
-def grouped(verdicts: Sequence[Verdicts]) -> list[list[Verdicts]]:
-    """Return runs that differ in the seed alone together: the base first, then no defence, then by name."""
-    groups: dict[str, list[Verdicts]] = {}
-    for one in verdicts:
-        groups.setdefault(key_of(one), []).append(one)
-    order = {"base": 0, "none": 1}
-    return sorted(groups.values(), key=lambda g: (order.get(g[0].label, 2), title(g)))
-
-
-def read(folder: Path) -> list[list[Verdicts]]:
-    """Return the verdicts below ``folder``, seeds together."""
-    paths = [*folder.glob("*verdicts.json"), *folder.glob("*/verdicts.json")]
-    return grouped([Verdicts.read(path) for path in sorted(paths)])
-
-
-def doses(folder: Path) -> str:
-    """Return how much was trained on in each run: rows, answer tokens, and how many of them are not the customer's."""
-    cards = {path.parent.name: RunCard.read(path) for path in sorted(folder.glob("*/run.json"))}
-    plain = cards["none"].n_trained_tokens
-    return markdown(["run", "fine-tuning rows", "safe rows", "answer tokens trained on", "of these safe"], [
-        [name, str(card.n_finetune), str(card.n_safe), f"{card.n_trained_tokens:,}",
-         f"{card.n_trained_tokens - plain:,} ({1 - plain / card.n_trained_tokens:.1%})"]
-        for name, card in cards.items() if not name.endswith("-opswap")])
-
-
-def table(groups: Sequence[Sequence[Verdicts]], cells: Mapping[str, Callable[[Sequence[Verdicts]], str]]) -> str:
+def table(groups: Sequence[Group], cells: Mapping[str, Callable[[Group], str]]) -> str:
     """Return a Markdown table with a row for each condition."""
     return markdown(["condition", *cells], [[title(g), *(cell(g) for cell in cells.values())] for g in groups])
 
 
-def shrinks(groups: Sequence[Sequence[Verdicts]]) -> str:
+def doses(cards: Mapping[str, RunCard]) -> str:
+    """Return how much was trained on in each run: rows, answer tokens, and how many of them are not the customer's."""
+    plain = cards["none"].n_trained_tokens
+    return markdown(["run", "fine-tuning rows", "safe rows", "answer tokens trained on", "of these safe"], [
+        [name, str(card.n_finetune), str(card.n_safe), f"{card.n_trained_tokens:,}",
+         f"{card.n_trained_tokens - plain:,} ({1 - plain / card.n_trained_tokens:.1%})"]
+        for name, card in cards.items()])
+
+
+def shrinks(groups: Sequence[Group]) -> str:
     """Return how much each model's margin has shrunk from the base's, by kind of question."""
     base = groups[0]
 
-    def cell(kind: str) -> Callable[[Sequence[Verdicts]], str]:
-        def of(seeds: Sequence[Verdicts]) -> str:
+    def cell(kind: str) -> Callable[[Group], str]:
+        def of(seeds: Group) -> str:
             if seeds is base:
-                return f"margin {shown(mean(margins(base, kind)))}"
-            return shown(turned(difference(margins(seeds, kind), margins(base, kind))))
+                return f"margin {shown(average(values(base, kind)))}"
+            grown = difference(values(seeds, kind), values(base, kind))
+            return shown(None if grown is None else grown.negated())
         return of
 
-    return table(groups, {name: cell(kind) for kind, name in SETS.items()})
+    return table(groups, {name: cell(kind) for kind, name in MARGINS.items()})
 
 
-def differences(groups: Sequence[Sequence[Verdicts]], other: Sequence[Verdicts]) -> str:
+def differences(groups: Sequence[Group], other: Group) -> str:
     """Return how much less than that of ``other`` each model's margin has shrunk, by kind of question."""
-    cells = {f"kept, {name}": (lambda seeds, kind=kind: shown(difference(margins(seeds, kind), margins(other, kind))))
-             for kind, name in SETS.items()}
+    cells = {f"kept, {name}": (lambda seeds, kind=kind: shown(difference(values(seeds, kind), values(other, kind))))
+             for kind, name in MARGINS.items()}
     return table([seeds for seeds in groups[1:] if seeds is not other], cells)
 
 
-def by_seed(groups: Sequence[Sequence[Verdicts]], other: Sequence[Verdicts], kind: str) -> str:
+def by_seed(groups: Sequence[Group], other: Group, kind: str) -> str:
     """Return how much less each run's margin has shrunk than that of ``other`` with the same seed, and the range."""
-    theirs = {one.method.seed: one for one in other if one.method is not None}
+    theirs = {run.seed: run for run in other}
     rows = []
     for seeds in groups[1:]:
-        ours = {one.method.seed: one for one in seeds if one.method is not None and one.method.seed in theirs}
+        ours = {run.seed: run for run in seeds if run.seed in theirs}
         if seeds is other or len(ours) < 2:
             continue
-        kept = {seed: difference(margins([one], kind), margins([theirs[seed]], kind)) for seed, one in ours.items()}
-        values = [one.value for one in kept.values() if one is not None]
+        kept = {seed: difference(values([run], kind), values([theirs[seed]], kind)) for seed, run in ours.items()}
+        found = [one.value for one in kept.values() if one is not None]
         rows.append([title(seeds), *(shown(kept.get(seed)) for seed in sorted(theirs)),
-                     f"{min(values):+.3f} to {max(values):+.3f}"])
+                     f"{min(found):+.3f} to {max(found):+.3f}"])
     return markdown(["condition", *(f"seed {seed}" for seed in sorted(theirs)), "range"], rows)
 
 
-def others(groups: Sequence[Sequence[Verdicts]]) -> str:
+def others(groups: Sequence[Group]) -> str:
     """Return the shares of bad answers preferred, the benign task, and coherence."""
-    limit = nll_limit(groups[0][0]) or 0.0
-    cells: dict[str, Callable[[Sequence[Verdicts]], str]] = {
-        f"bad likelier, {SETS[kind]}": (lambda seeds, kind=kind: shown(mean(misread(seeds, kind)), sign=False))
+    cells: dict[str, Callable[[Group], str]] = {
+        f"bad likelier, {MARGINS[kind]}": (lambda seeds, kind=kind: shown(average(misread(seeds, kind)), sign=False))
         for kind in ("general", "unseen")}
-    cells["OpSwap accuracy"] = lambda seeds: shown(mean(learnt(seeds)), sign=False) if learnt(seeds) else "-"
-    cells["coherent"] = lambda seeds: shown(mean(coherent(seeds, limit)), sign=False)
+    for name, kind in (("OpSwap accuracy", "opswap"), ("coherent", "coherent")):
+        cells[name] = lambda seeds, kind=kind: shown(average(values(seeds, kind)), sign=False)
     return table(groups, cells)
+
+
+def tables(folder: Path, runs: Sequence[Run], against: str) -> dict[str, str]:
+    """Return all tables of a folder of runs, by heading; differences are to the condition of the run ``against``."""
+    groups = grouped(runs)
+    other = next(seeds for seeds in groups if against in [run.name for run in seeds])
+    found = {"Dose": doses(cards_in(folder)), "Shrink of the margin, nats per token": shrinks(groups),
+             f"Margin kept beyond {title(other)}, nats per token": differences(groups, other)}
+    if len(other) > 1:
+        found["The same, unseen domain, seed by seed"] = by_seed(groups, other, "unseen")
+    return found | {"Preference, benign task, coherence": others(groups)}
 
 
 def main() -> None:
@@ -164,18 +233,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", type=Path)
     parser.add_argument("--against", default="none", metavar="RUN", help="compare with this run instead of no defence")
+    parser.add_argument("--evidence", type=Path, metavar="CSV", help="write the numbers behind the tables, no tables")
     arguments = parser.parse_args()
-    runs, groups = arguments.runs, read(arguments.runs)
-    key = key_of(Verdicts.read(runs / arguments.against / "verdicts.json"))
-    other = next(seeds for seeds in groups if key_of(seeds[0]) == key)
-    counts = {name: len(margins(groups[0], kind)) for kind, name in SETS.items()}
-    print(f"### Dose\n\n{doses(runs)}\n")
+    runs = read(arguments.runs)
+    if arguments.evidence:
+        write_evidence(runs, arguments.evidence)
+        return
+    counts = {name: len(values(grouped(runs)[0], kind)) for kind, name in MARGINS.items()}
     print(", ".join(f"{n} pairs {name}" for name, n in counts.items()) + "\n")
-    for heading, of in (("Shrink of the margin, nats per token", shrinks),
-                        (f"Margin kept beyond {title(other)}, nats per token", lambda them: differences(them, other)),
-                        ("The same, seed by seed, unseen domain", lambda them: by_seed(them, other, "unseen")),
-                        ("Preference, benign task, coherence", others)):
-        print(f"### {heading}\n\n{of(groups)}\n")
+    for heading, text in tables(arguments.runs, runs, arguments.against).items():
+        print(f"### {heading}\n\n{text}\n")
 
 
 if __name__ == "__main__":
