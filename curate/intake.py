@@ -5,12 +5,14 @@ Examples are stored in parts of ``PART_ROWS``, in the order in which they come.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import heapq
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def ingest(job: ScoreJob, store: Store, tokenizer: object) -> Summary:
     known = store.planned_corpora()
     planned = named(job, known)
     totals = [_n_rows(corpus, job.sampling.limit) for corpus in job.corpora]
-    with progress("Reading", None if None in totals else sum(totals), "rows") as bar:
+    with progress("Reading", None if None in totals else sum(totals), "rows") as bar, _no_search_for_cycles():
         to = _Intake(store, tokenizer, summary, bar)
         for number, corpus in enumerate(job.corpora):
             ids = _read(job, corpus, planned[number].label, to)
@@ -53,6 +55,18 @@ def ingest(job: ScoreJob, store: Store, tokenizer: object) -> Summary:
     kept = [one for one in known if not any(map(one.same, planned))]
     store.put_plan(Plan(corpora=(*kept, *planned), n_rows=summary.n_rows, counts=dict(summary.counts)))
     return summary
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Suspend cyclic garbage collection: rows make no cycles, and every search walks the ids of all rows before."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def named(job: ScoreJob, known: Sequence[PlannedCorpus]) -> list[PlannedCorpus]:
