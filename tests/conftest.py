@@ -13,7 +13,7 @@ os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
 
 import pytest
 
-from tests import forked
+from tests import forked, frozen
 from tests.real_vllm import aligned_server  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,13 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is there alone in later collections of garbage.
-
-    Each training run has one, which would look through the million objects that imports leave, for longer than a tiny
-    model trains.
-    """
-    gc.collect()
-    gc.freeze()
+    """Leave what the tests' files have imported alone."""
+    frozen.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -45,7 +40,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """After each file, leave also what it has imported alone."""
     yield
     if nextitem is None or nextitem.path != item.path:
-        pytest_collection_finish()
+        frozen.freeze()
 
 
 def pytest_unconfigure() -> None:
