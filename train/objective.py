@@ -45,7 +45,7 @@ def head_losses(project: torch.nn.Module, hidden: torch.Tensor, targets: torch.T
                 penalties: Sequence[RowPenalty]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums over N targets of NLL and ``penalties``, from ``project(hidden)`` [N, V] in pieces.
 
-    As in ``rows_nll``, a piece's logits are computed again in the backward pass instead of being kept.
+    With penalties, a piece's logits are computed again in the backward pass instead of being kept.
     """
     if not penalties:
         nll = rows_nll(project, hidden, targets).sum()

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -41,7 +42,7 @@ def token_nll(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
     """Return ``-log P(target | what it sees)`` in nats for every target of ``batch``: float32 [N].
 
     ``model`` is a causal language model with a decoder body and an output embedding (wrapped by an adapter or not).
-    Differentiable; in training the head's logits are computed again in the backward pass instead of being kept.
+    Differentiable, with no logits kept for the backward pass (see ``rows_nll``).
     """
     return rows_nll(head(model), hidden_states(model, batch), batch.targets)
 
@@ -55,14 +56,52 @@ def hidden_states(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
 
 def rows_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor,
              targets: torch.Tensor) -> torch.Tensor:
-    """Return cross entropies in nats, float32 [N], of ``project(hidden)`` [N, V] against ``targets`` [N], in pieces."""
-    def piece(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(project(h).float(), t, reduction="none")
+    """Return cross entropies in nats, float32 [N], of ``project(hidden)`` [N, V] against ``targets`` [N], in pieces.
 
-    again = torch.is_grad_enabled() and hidden.requires_grad
-    out = [checkpoint(piece, h, t, use_reentrant=False) if again else piece(h, t)
-           for h, t in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)]
-    return torch.cat(out)
+    ``project`` takes each row by itself. Where it is a module that does not learn, gradients are worked out piece by
+    piece while its logits are there; otherwise its logits are computed again in the backward pass.
+    """
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return torch.cat([_piece_nll(project, h, t) for h, t in _pieces(hidden, targets)])
+    if isinstance(project, torch.nn.Module) and not any(p.requires_grad for p in project.parameters()):
+        return _FrozenHead.apply(hidden, targets, project)
+    return torch.cat([checkpoint(_piece_nll, project, h, t, use_reentrant=False)
+                      for h, t in _pieces(hidden, targets)])
+
+
+def _pieces(hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+
+
+def _piece_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor,
+               targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(project(hidden).float(), targets, reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Cross entropies whose gradient, [N, H] instead of [N, V], is worked out with them: each logit is computed once.
+
+    The idea is that of fused linear cross entropy (Liger Kernel, arXiv 2410.10989), here without a kernel of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, project: torch.nn.Module) -> torch.Tensor:
+        """Return float32 [N], and keep each one's gradient with respect to its own row of ``hidden``."""
+        nll, slopes = [], []
+        for h, t in _pieces(hidden, targets):
+            with torch.enable_grad():
+                row = h.detach().requires_grad_()
+                one = _piece_nll(project, row, t)
+                slopes += torch.autograd.grad(one.sum(), row)
+            nll.append(one.detach())
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(nll)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Scale each row's gradient by what its cross entropy counts in the loss."""
+        slopes, = ctx.saved_tensors
+        return (slopes * grad[:, None]).to(slopes.dtype), None, None
 
 
 def causal_lm(model: torch.nn.Module) -> torch.nn.Module:

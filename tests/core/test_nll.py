@@ -183,6 +183,29 @@ def test_training_keeps_no_logits_for_the_backward_pass() -> None:
     assert hidden.grad.abs().sum() > 0 and head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_computes_each_logit_once_and_has_the_plain_gradient(monkeypatch: pytest.MonkeyPatch,
+                                                                           dtype: torch.dtype) -> None:
+    monkeypatch.setattr(nll, "HEAD_ROWS", 3)
+    dice, sizes, kept = torch.Generator().manual_seed(0), [], []
+    hidden, weights = torch.randn(7, 16, generator=dice), torch.randn(7, generator=dice)
+    targets = torch.randint(VOCABULARY, (7,), generator=dice)
+    head = torch.nn.Linear(16, VOCABULARY, bias=False, dtype=dtype).requires_grad_(False)
+    head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    exact = hidden.double().requires_grad_()
+    plain = torch.nn.functional.cross_entropy(exact @ head.weight.double().T, targets, reduction="none")
+    (plain * weights).sum().backward()
+    ours = hidden.to(dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        found = rows_nll(head, ours, targets)
+    (found * weights).sum().backward()
+    assert sizes == [3, 3, 1] and set(kept) >= {(7, 16)}
+    assert not any(size[:1] == (7,) and VOCABULARY in size for size in kept)
+    close = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(found.double(), plain.detach(), **close)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, **close)
+
+
 def test_check_forward_accepts_what_is_the_same(loaded: Loaded, encoded: list[Encoded]) -> None:
     assert 0 <= check_forward(loaded.model, encoded[:3], 1e-4) < 1e-5
 
