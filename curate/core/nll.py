@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from curate.core.attend import along, apart
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
 from curate.core.pack import Packed, pack, plan
 
 HEAD_ROWS = 128
 """Rows of hidden states through the head at once: ``HEAD_ROWS * vocabulary * 4`` bytes of logits at a time."""
+TILE = (2048, 4096)
+"""Rows of hidden states and words of the vocabulary at once, where the head is a matrix and nothing learns. Many rows,
+because reading the matrix anew for every few costs more than multiplying by it (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ def token_nll(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
 
 def hidden_states(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
     """Return the last hidden states that predict the targets: [N, H]."""
-    out = body(model)(input_ids=batch.input_ids, position_ids=batch.position_ids,
+    decoder = body(model)
+    with along(decoder, batch.paths):
+        out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids,
                       attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
     return out.reshape(-1, out.shape[-1])[batch.rows]
 
@@ -62,6 +68,8 @@ def rows_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tens
     piece while its logits are there; otherwise its logits are computed again in the backward pass.
     """
     if not (torch.is_grad_enabled() and hidden.requires_grad):
+        if type(project) is torch.nn.Linear and "forward" not in vars(project):
+            return torch.cat([_tiled_nll(project, h, t) for h, t in _pieces(hidden, targets, TILE[0])])
         return torch.cat([_piece_nll(project, h, t) for h, t in _pieces(hidden, targets)])
     if isinstance(project, torch.nn.Module) and not any(p.requires_grad for p in project.parameters()):
         return _FrozenHead.apply(hidden, targets, project)
@@ -69,13 +77,28 @@ def rows_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tens
                       for h, t in _pieces(hidden, targets)])
 
 
-def _pieces(hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    return zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+def _pieces(hidden: torch.Tensor, targets: torch.Tensor,
+            n_rows: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(hidden.split(n_rows or HEAD_ROWS), targets.split(n_rows or HEAD_ROWS), strict=True)
 
 
 def _piece_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor,
                targets: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(project(hidden).float(), targets, reduction="none")
+
+
+def _tiled_nll(layer: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropies of one tile's rows: log of the sum over the vocabulary, a part at a time, - target."""
+    whole = wanted = torch.full(targets.shape, -math.inf, device=hidden.device)
+    for start in range(0, layer.out_features, TILE[1]):
+        words = slice(start, start + TILE[1])
+        bias = None if layer.bias is None else layer.bias[words]
+        logits = torch.nn.functional.linear(hidden, layer.weight[words], bias).float()
+        whole = torch.logaddexp(whole, logits.logsumexp(-1))
+        place = targets - start
+        inside = (place >= 0) & (place < logits.shape[-1])
+        wanted = torch.where(inside, logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0], wanted)
+    return whole - wanted
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -121,7 +144,10 @@ def head(model: torch.nn.Module) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is computed at once: packed sequences of ``capacity`` tokens, ``tokens`` in one forward pass."""
+    """How much is computed at once: packed sequences of ``capacity`` tokens, ``tokens`` in one forward pass.
+
+    Where attention goes example by example (``curate/core/attend.py``) there is one sequence in a pass, of ``tokens``.
+    """
 
     capacity: int = 256
     tokens: int = 2048
@@ -146,12 +172,16 @@ def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budge
     All of ``encoded`` must have the status ``ok``. Out of memory halves the batch, down to one sequence, and says so
     through ``notify``; then a ``UserError`` (environment). Scores do not depend on the split beyond rounding.
     """
-    bins = plan(encoded, min(budget.capacity, window(model)))
+    limit = window(model)
+    along_paths = apart(body(model)) and all(len(item.ids) <= limit for item in encoded)
+    if along_paths:
+        budget = Budget(budget.tokens, budget.tokens)
+    bins = plan(encoded, budget.capacity if along_paths else min(budget.capacity, limit))
     queue = _passes(bins, encoded, budget)
     while queue:
         bunch = queue.pop(0)
         try:
-            done = _one_pass(model, encoded, bunch)
+            done = _one_pass(model, encoded, bunch, along_paths)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
             if not is_out_of_memory(err):
                 raise
@@ -209,9 +239,10 @@ def is_out_of_memory(err: BaseException) -> bool:
     return "not enough memory" in str(err) or "can't allocate memory" in str(err)
 
 
-def _one_pass(model: torch.nn.Module, encoded: Sequence[Encoded], bins: list[list[int]]) -> list[tuple[int, AnswerNll]]:
+def _one_pass(model: torch.nn.Module, encoded: Sequence[Encoded], bins: list[list[int]],
+              along_paths: bool) -> list[tuple[int, AnswerNll]]:
     device = next(model.parameters()).device
-    batch = pack(encoded, bins, device=device)
+    batch = pack(encoded, bins, device=device, along_paths=along_paths)
     with torch.inference_mode():
         nll = token_nll(model, batch.to(device)).double().cpu()
     order = [i for one in bins for i in one]

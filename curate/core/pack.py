@@ -9,7 +9,8 @@ sequence holds the shared ids, then prompts, each followed by the answers to it:
     answer     0 0 0 | 0 0 0 | 1 1 1 | 2 2 | 0 0 | 3 3 3        own, and whose answer is 0 or its own
 
 This equals computing each example alone, up to rounding. Where every sequence holds a single example there is no mask:
-attention is plainly causal, which has the faster kernels, and the model masks what lies outside its window itself.
+attention is plainly causal, which has the faster kernels, and the model masks what lies outside its window itself. One
+sequence of many examples can do without, too, if attention follows their paths (``curate/core/attend.py``).
 A target's logits come from the token before it, so the last prompt token serves the first token of each of its answers,
 and an answer's last token is never an input.
 """
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from curate.core.attend import Path
 from curate.core.chat import Encoded
 
 
@@ -29,7 +31,7 @@ class Packed:
     """S packed sequences of T positions with N targets.
 
     ``input_ids``, ``position_ids``: int64 [S, T]. ``attention_mask``: bool [S, 1, T, T], True where attended, or None:
-    each token attends all before it, padding to the right included.
+    each token attends all before it, padding to the right included, or along ``paths`` where there are any.
     ``rows``: int64 [N], flat index ``s * T + t`` of the hidden state that predicts a target. ``targets``: int64 [N].
     ``owner``: int64 [N], index of the target's example. ``is_eot``: bool [N]. ``real``: bool [S, T], False on padding.
     """
@@ -42,10 +44,12 @@ class Packed:
     owner: torch.Tensor
     is_eot: torch.Tensor
     real: torch.Tensor
+    paths: Sequence[Path] | None = None
 
     def to(self, device: torch.device | str) -> Packed:
         """Return the same batch on ``device``."""
-        return Packed(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
+        return Packed(**{name: value.to(device) if isinstance(value, torch.Tensor) else value
+                         for name, value in vars(self).items()})
 
 
 @dataclass
@@ -58,6 +62,7 @@ class _Sequence:
     answers: list[int] = field(default_factory=list)
     targets: list[tuple[int, int, int, bool]] = field(default_factory=list)
     """(position of the predicting token, target id, owner, is end of turn)"""
+    paths: list[Path] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], start: int, prompt: int, answer: int) -> int:
         """Append tokens that stand at positions ``start``, ...; return the index of the last one."""
@@ -119,11 +124,12 @@ def shared_prefix(encoded: Sequence[Encoded]) -> int:
 
 
 def pack(encoded: Sequence[Encoded], bins: Sequence[Sequence[int]], pad: int = 0, eot: bool = True,
-         device: torch.device | str = "cpu") -> Packed:
+         device: torch.device | str = "cpu", along_paths: bool = False) -> Packed:
     """Build the tensors for the sequences planned in ``bins`` (lists of indices into ``encoded``).
 
-    With ``eot`` False the end-of-turn tokens are no targets. What has a number for each position is made on ``device``,
-    because the mask is large to make and to move; the rest stays here.
+    With ``eot`` False the end-of-turn tokens are no targets; with ``along_paths`` a single sequence has paths instead
+    of a mask. What has a number for each position is made on ``device``, because the mask is large to make and to
+    move; the rest stays here.
     """
     members = [encoded[i] for one in bins for i in one]
     shared = shared_prefix(members)
@@ -134,8 +140,11 @@ def pack(encoded: Sequence[Encoded], bins: Sequence[Sequence[int]], pad: int = 0
         return torch.tensor([getattr(s, name) + [fill] * (width - len(s.ids)) for s in sequences]).to(device)
 
     prompts, answers = grid("prompts", -1), grid("answers", -1)
+    paths = None
     if all(len(one) == 1 for one in bins):
         positions, mask = torch.arange(width, device=device).expand(len(bins), width), None
+    elif along_paths and len(bins) == 1:
+        positions, mask, paths = grid("positions", 0), None, sequences[0].paths
     else:
         causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
         same_prompt = (prompts[:, :, None] == prompts[:, None, :]) | (prompts[:, None, :] == 0)
@@ -145,24 +154,36 @@ def pack(encoded: Sequence[Encoded], bins: Sequence[Sequence[int]], pad: int = 0
                for s, one in enumerate(sequences) for t, target, owner, is_eot in one.targets]
     rows, ids, owner, is_eot = zip(*targets, strict=True)
     return Packed(grid("ids", pad), positions, mask, torch.tensor(rows), torch.tensor(ids), torch.tensor(owner),
-                  torch.tensor(is_eot), prompts >= 0)
+                  torch.tensor(is_eot), prompts >= 0, paths)
 
 
 def _filled(encoded: Sequence[Encoded], members: Sequence[int], shared: int, eot: bool) -> _Sequence:
     out = _Sequence()
     out.add(encoded[members[0]].ids[:shared], 0, 0, 0)
-    prompts: dict[tuple[int, ...], tuple[int, int]] = {}
+    prompts: dict[tuple[int, ...], tuple[int, int, int]] = {}
     for number, index in enumerate(members, 1):
         item = encoded[index]
-        key = item.ids[:item.answer_start]
+        key, own = item.ids[:item.answer_start], len(out.ids) if out.paths else 0
         if key not in prompts:
             node = len(prompts) + 1
-            prompts[key] = (node, out.add(key[shared:], shared, node, 0))
-        node, before = prompts[key]
+            prompts[key] = (node, len(out.ids), out.add(key[shared:], shared, node, 0))
+        node, first, before = prompts[key]
         last = len(item.ids) if eot else item.answer_end
         begin = len(out.ids)
-        out.add(item.ids[item.answer_start:last - 1], item.answer_start, node, number)
+        end = out.add(item.ids[item.answer_start:last - 1], item.answer_start, node, number) + 1
+        out.paths.append((_joined((0, shared), (first, before + 1), (begin, end)), end - own))
         for offset, target in enumerate(item.ids[item.answer_start:last]):
             row = before if offset == 0 else begin + offset - 1
             out.targets.append((row, target, index, offset + item.answer_start == item.answer_end))
     return out
+
+
+def _joined(*pieces: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Return pieces without empty ones, those that follow each other as one."""
+    out: list[tuple[int, int]] = []
+    for start, end in pieces:
+        if out and out[-1][1] == start:
+            out[-1] = (out[-1][0], end)
+        elif end > start:
+            out.append((start, end))
+    return tuple(out)

@@ -15,11 +15,12 @@ from transformers import GraniteConfig, GraniteForCausalLM, MistralConfig, Mistr
 
 from curate.core import nll
 from curate.core.adapters import adapter_open
+from curate.core.attend import apart
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
 from curate.core.model import Loaded, load
-from curate.core.nll import AnswerNll, Budget, answer_nll, check_forward, rows_nll, token_nll, window
+from curate.core.nll import AnswerNll, Budget, answer_nll, body, check_forward, rows_nll, token_nll, window
 from curate.core.pack import pack, plan
 from tests.fakes import VOCABULARY, uniform_model
 
@@ -66,12 +67,22 @@ def test_a_uniform_model_costs_ln_v_per_token(tmp_path: Path, encoded: list[Enco
 
 
 @pytest.mark.parametrize("budget", [Budget(), Budget(64, 128), Budget(1, 1), Budget(10_000, 20_000)], ids=str)
-def test_packed_equals_each_example_alone(loaded: Loaded, encoded: list[Encoded], budget: Budget) -> None:
+@pytest.mark.parametrize("along_paths", [True, False])
+def test_packed_equals_each_example_alone(loaded: Loaded, encoded: list[Encoded], budget: Budget, along_paths: bool,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, real = [], nll.pack
+    assert apart(body(loaded.model))
+    if not along_paths:
+        monkeypatch.setattr(nll, "apart", lambda decoder: False)
+    monkeypatch.setattr(nll, "pack", lambda *a, **b: masks.append(real(*a, **b)) or masks[-1])
     for item, found in zip(encoded, scores(loaded.model, encoded, budget), strict=True):
         alone = plain(loaded.model, item)
         assert len(alone) == item.n_answer_tokens + 1 == found.n_tokens + 1
         assert found.mean == pytest.approx(alone[:-1].mean().item(), abs=1e-5)
         assert found.eot_nll == pytest.approx(alone[-1].item(), abs=1e-5)
+    together = budget.tokens > 1
+    assert any(batch.paths is not None for batch in masks) == (together and along_paths)
+    assert any(batch.attention_mask is not None for batch in masks) == (together and not along_paths)
 
 
 def test_packed_equals_alone_with_an_adapter(loaded: Loaded, encoded: list[Encoded], adapter_folder: Path) -> None:
@@ -171,6 +182,32 @@ def test_rows_are_scored_in_pieces_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
     found = rows_nll(lambda h: h.to(torch.bfloat16).double(), logits, torch.tensor([2, 1, 1]))
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx([math.log(4 / 2), math.log(3), math.log(9)], abs=0.01)
+
+
+@pytest.mark.parametrize("tile", [(2, 7), (3, VOCABULARY), (100, 1), (100, 10_000)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_plain_head_is_taken_in_tiles(monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], bias: bool) -> None:
+    monkeypatch.setattr(nll, "TILE", tile)
+    dice = torch.Generator().manual_seed(0)
+    layer, hidden = torch.nn.Linear(16, VOCABULARY, bias=bias), torch.randn(7, 16, generator=dice)
+    targets = torch.tensor([0, 6, 7, 8, VOCABULARY - 1, 3, 3])
+    with torch.inference_mode():
+        found = rows_nll(layer, 50 * hidden, targets)
+        exact = torch.nn.functional.cross_entropy(layer.double()(50 * hidden.double()), targets, reduction="none")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert rows_nll(layer.float(), hidden[:0], targets[:0]).shape == (0,)
+
+
+def test_a_tile_of_impossible_words_is_no_harm_but_an_impossible_target_is_no_number(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nll, "TILE", (2, 2))
+    layer = torch.nn.Linear(1, 6)
+    with torch.inference_mode():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.tensor([-math.inf, -math.inf, 0, 0, 0, -math.inf]))
+        found = rows_nll(layer, torch.ones(3, 1), torch.tensor([2, 4, 1])).tolist()
+    assert found == [pytest.approx(math.log(3)), pytest.approx(math.log(3)), math.inf]
 
 
 def test_training_keeps_no_logits_for_the_backward_pass() -> None:

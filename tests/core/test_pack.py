@@ -98,6 +98,31 @@ def test_random_trees_see_their_own_past_only(seed: int) -> None:
                 assert sorted(batch.position_ids[s, seen].tolist()) == list(range(batch.position_ids[s, t] + 1))
 
 
+@pytest.mark.parametrize("seed", range(7))
+def test_a_token_has_before_it_in_its_path_what_the_mask_lets_it_see(seed: int) -> None:
+    rng = random.Random(seed)
+    examples = random_trees(rng, rng.randint(2, 23))
+    everything = [list(range(len(examples)))]
+    masked, along = pack(examples, everything), pack(examples, everything, along_paths=True)
+    assert along.attention_mask is None and torch.equal(along.input_ids, masked.input_ids)
+    assert torch.equal(along.position_ids, masked.position_ids) and torch.equal(along.rows, masked.rows)
+    order = []
+    for pieces, own in along.paths:
+        path = [t for start, end in pieces for t in range(start, end)]
+        assert all(end > start for start, end in pieces) and 0 <= own <= len(path)
+        for k in range(len(path) - own, len(path)):
+            assert sorted(path[:k + 1]) == sees(masked, 0, path[k])
+        order += path[len(path) - own:]
+    assert order == list(range(masked.input_ids.shape[1]))
+
+
+def test_paths_are_for_one_sequence_of_several_examples() -> None:
+    for bins in ([[0], [1], [2]], [[0, 1], [2]], [[0]]):
+        assert pack(DRAWN, bins, along_paths=True).paths is None
+    assert pack(DRAWN, [[0, 1, 2]], along_paths=True).paths == [
+        (((0, 9),), 9), (((0, 6), (9, 11)), 2), (((0, 3), (11, 16)), 5)]
+
+
 def test_a_prompt_with_two_answers_is_stored_once() -> None:
     prompt = list(range(11, 28))
     examples = [encoded(prompt, [1, 2]), encoded(prompt, [3]), encoded(prompt, [1, 2])]
