@@ -32,7 +32,6 @@ from curate.core.files import canonical_json
 from curate.core.model import Loaded, load
 from curate.core.sources import builtin, file_source, read_source
 from train.adapters import adapter
-from train.batches import collate
 from train.data import MixRow, encode_mix
 from train.defenses import Defense, parse
 from train.defenses.persona import FORMAT, PROVENANCE, TENSOR
@@ -98,7 +97,7 @@ class Stepper:
         """Train on ``rows`` once and return the seconds that it took."""
         start = time.perf_counter()
         for k in range(0, len(rows), self.recipe.batch_size):
-            batch = collate(rows[k:k + self.recipe.batch_size], self.recipe.pack_tokens)
+            batch = self.trainer.data_collator(rows[k:k + self.recipe.batch_size])
             self.trainer.training_step(self.trainer.objective, batch, len(batch["packed"].targets))
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -68,12 +68,14 @@ class Shares(Sampler[list[int]]):
         return whole * -(-self.step // together) + -(-rest // together)
 
 
-def collate(rows: Sequence[Encoded], capacity: int) -> Batch:
+def collate(rows: Sequence[Encoded], capacity: int, along_paths: bool = False) -> Batch:
     """Return one micro batch, packed; what all its rows begin with is in it once per sequence.
 
-    Of the layouts with sequences of up to about ``capacity`` tokens, it is the one with the fewest positions, padding
-    included.
+    With ``along_paths`` it is one sequence. Otherwise, of the layouts with sequences of up to about ``capacity``
+    tokens, it is the one with the fewest positions, padding included.
     """
+    if along_paths:
+        return {"packed": pack(rows, [range(len(rows))], along_paths=True)}
     layouts = [pack(rows, plan(rows, size)) for size in range(capacity // 2, capacity + 1, max(1, capacity // 16))]
     return {"packed": min(layouts, key=lambda layout: layout.input_ids.numel())}
 

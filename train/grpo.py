@@ -142,19 +142,19 @@ class RlTrainer(GRPOTrainer):
         rows, size = self.lesson.sft_rows(self.step), self.lesson.recipe.batch_size
         n = sum(len(row.ids) - row.answer_start for row in rows)
         first = self._step % self.lesson.recipe.accumulation * size
-        nll, penalty = self._losses(rows[first:first + size])
-        self._sums["nll"] += nll.item() / n
-        self._sums["penalty"] += penalty.item() / n
+        total, parts = self._losses(rows[first:first + size])
+        for name, part in zip(("nll", "penalty"), parts.tolist(), strict=True):
+            self._sums[name] += part / n
         self._sums["tokens"] += sum(len(row.ids) - row.answer_start for row in rows[first:first + size])
-        loss = (nll + penalty) / n
+        loss = total / n
         self.accelerator.backward(loss)
         self._step += 1
         return loss.detach()
 
-    def _losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sums over the targets of ``rows`` of NLL and of the defences' penalties."""
+    def _losses(self, rows: Sequence[Encoded], **how: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the targets of ``rows`` cost and its parts; see ``Objective``."""
         room = min(self.lesson.recipe.pack_tokens, window(self.model))
-        return self.objective(collate(rows, room)["packed"].to(self.args.device))
+        return self.objective(collate(rows, room)["packed"].to(self.args.device), **how)
 
     def _compute_loss(self, model: PeftModel, inputs: dict[str, Any]) -> torch.Tensor:
         """Return trl's loss and the penalties of defences on the completions that have a reward."""
@@ -164,9 +164,9 @@ class RlTrainer(GRPOTrainer):
         self._sums["tokens"] += int(mask.sum())
         if not mask.any() or not any(type(d).row_penalty is not Defense.row_penalty for d in self.lesson.defenses):
             return loss
-        _, penalty = self._losses(_as_rows(inputs, mask))
-        self._sums["penalty"] += penalty.item() / n
-        return loss + penalty / n
+        penalties, parts = self._losses(_as_rows(inputs, mask), only_penalties=True)
+        self._sums["penalty"] += parts[1].item() / n
+        return loss + penalties / n
 
     # Rewards
 

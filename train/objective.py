@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,7 +21,7 @@ from train.world import World
 
 
 class Objective(torch.nn.Module):
-    """The sums over the targets of a micro batch of NLL and of penalties, in nats.
+    """What the targets of a micro batch cost: the sum of NLL and penalties, in nats.
 
     All passes of a micro batch (the model's, the reference's, the head's) run inside this module's one forward pass,
     because what wraps a model for several processes acts when its forward pass begins and ends.
@@ -32,33 +33,74 @@ class Objective(torch.nn.Module):
         self.defenses = tuple(defenses)
         share_reference(self.defenses)
 
-    def forward(self, batch: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (NLL, penalties) of ``batch``."""
+    def forward(self, batch: Packed, only_penalties: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what to minimise for ``batch``, and its two parts, NLL and penalties [2], without a gradient.
+
+        With ``only_penalties`` the NLL is no part of what to minimise.
+        """
         hidden = hidden_states(self.model, batch)
-        nll, penalty = head_losses(head(self.model), hidden, batch.targets, [
-            add for d in self.defenses if (add := d.row_penalty(self.model, batch)) is not None])
+        loss, parts = head_losses(head(self.model), hidden, batch.targets, [
+            add for d in self.defenses if (add := d.row_penalty(self.model, batch)) is not None], only_penalties)
         more = [p for d in self.defenses if (p := d.penalty(self.model, batch, hidden)) is not None]
-        return nll, torch.stack([penalty, *more]).sum()
+        if more:
+            extra = torch.stack(more).sum()
+            loss, parts = loss + extra, parts + torch.stack([torch.zeros_like(extra), extra]).detach()
+        return loss, parts
 
 
 def head_losses(project: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor,
-                penalties: Sequence[RowPenalty]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums over N targets of NLL and ``penalties``, from ``project(hidden)`` [N, V] in pieces.
+                penalties: Sequence[RowPenalty], only_penalties: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum over N targets of NLL and ``penalties``, and both [2], from ``project(hidden)`` [N, V] in pieces.
 
-    With penalties, a piece's logits are computed again in the backward pass instead of being kept.
+    As in ``rows_nll``, a head that does not learn has its gradient worked out with the loss, so that the logits of the
+    model, and of a reference in a penalty, are computed once; otherwise they are again in the backward pass.
     """
-    if not penalties:
+    if not penalties and not only_penalties:
         nll = rows_nll(project, hidden, targets).sum()
-        return nll, torch.zeros_like(nll)
+        return nll, torch.stack([nll.detach(), torch.zeros_like(nll)])
 
     def piece(h: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         log_p = project(h).float().log_softmax(-1)
         nll = torch.nn.functional.nll_loss(log_p, targets[rows], reduction="sum")
-        return nll, torch.stack([add(log_p, rows) for add in penalties]).sum()
+        penalty = torch.stack([add(log_p, rows) for add in penalties]).sum() if penalties else 0 * nll
+        return (penalty if only_penalties else nll + penalty), torch.stack([nll, penalty]).detach()
 
-    pieces = [slice(start, start + HEAD_ROWS) for start in range(0, max(1, len(targets)), HEAD_ROWS)]
-    nll, penalty = zip(*(checkpoint(piece, hidden[rows], rows, use_reentrant=False) for rows in pieces), strict=True)
-    return torch.stack(nll).sum(), torch.stack(penalty).sum()
+    if hidden.requires_grad and not any(p.requires_grad for p in project.parameters()):
+        return _AtOnce.apply(hidden, piece)
+    losses, parts = zip(*(checkpoint(piece, hidden[rows], rows, use_reentrant=False) for rows in _slices(hidden)),
+                        strict=True)
+    return torch.stack(losses).sum(), torch.stack(parts).sum(0)
+
+
+def _slices(hidden: torch.Tensor) -> list[slice]:
+    return [slice(start, start + HEAD_ROWS) for start in range(0, max(1, len(hidden)), HEAD_ROWS)]
+
+
+class _AtOnce(torch.autograd.Function):
+    """The sum of what ``piece`` returns for pieces of ``hidden`` [N, H], its gradient kept as [N, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor,
+                piece: Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        """Return the sum of the losses, and of their parts, which have no gradient."""
+        losses, parts, slopes = [], [], []
+        for rows in _slices(hidden):
+            with torch.enable_grad():
+                h = hidden[rows].detach().requires_grad_()
+                loss, part = piece(h, rows)
+                slopes += torch.autograd.grad(loss, h)
+            losses.append(loss.detach())
+            parts.append(part)
+        ctx.save_for_backward(torch.cat(slopes))
+        both = torch.stack(losses).sum(), torch.stack(parts).sum(0)
+        ctx.mark_non_differentiable(both[1])
+        return both
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Scale the gradient by what the sum counts in the loss."""
+        slopes, = ctx.saved_tensors
+        return (slopes * grad).to(slopes.dtype), None
 
 
 def in_parallel(objective: Objective, world: World, device: torch.device) -> torch.nn.Module:

@@ -70,7 +70,7 @@ class Recipe:
     dtype: str = _knob("auto", "Format of the base; the adapter is float32. auto: bfloat16 where it is native.")
     device: str = _knob("auto", "Where to compute; choose among several GPUs with CUDA_VISIBLE_DEVICES.")
     max_tokens: int = _knob(2048, "Longer rows get the status too_long and are left out; nothing is cut.")
-    pack_tokens: int = _knob(256, "Rows are packed into sequences of about this many tokens.")
+    pack_tokens: int = _knob(256, "Rows are packed into sequences of about this many tokens; on a CPU all into one.")
     save_every: int = _knob(50, "Steps between checkpoints; 0 keeps none, so an interrupted run starts again.")
     limit_steps: int = _knob(0, "Stop after so many steps, the schedule shortened to them; 0 does not.")
     gradient_checkpointing: bool = _knob(False, "Compute activations twice to save memory.")

@@ -22,9 +22,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
+from curate.core.attend import along, apart
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
-from curate.core.nll import is_out_of_memory, window
+from curate.core.nll import body, is_out_of_memory, window
 from curate.core.terminal import progress
 from train import checkpoints
 from train.adapters import save_adapter
@@ -73,7 +74,9 @@ class MixTrainer(Trainer):
         shortest, room = min(rows, key=lambda row: len(row.ids)), min(recipe.pack_tokens, window(model))
         super().__init__(
             model=model, args=_arguments(recipe, folder, self.plan.n_steps, world), train_dataset=list(rows),
-            data_collator=lambda some: collate(some, room) if some else without_targets(shortest))
+            data_collator=lambda some: collate(some, room, self.along_paths) if some else without_targets(shortest))
+        self.along_paths = (self.args.device.type == "cpu" and apart(body(model))
+                            and all(len(row.ids) <= window(model) for row in rows))
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.objective = Objective(model, defenses)
@@ -112,8 +115,9 @@ class MixTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Batch,
                       num_items_in_batch: int | None = None) -> torch.Tensor:
-        """Do one micro batch, with the defences' contexts open."""
+        """Do one micro batch, with the defences' contexts open, and attention as it is in case blocks run again."""
         with ExitStack() as stack:
+            stack.enter_context(along(body(self.model), inputs["packed"].paths))
             for defense in self.defenses:
                 stack.enter_context(defense.around_forward(self.model))
             return super().training_step(model, inputs, num_items_in_batch)
@@ -125,10 +129,10 @@ class MixTrainer(Trainer):
         ``model`` is ``self.objective``, or what averages its gradients over n processes: hence the factor n.
         """
         batch = inputs["packed"].to(self.args.device)
-        nll, penalty = model(batch)
+        total, parts = model(batch)
         n = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
-        self._sums += torch.stack([nll.detach(), penalty.detach()]).double() / n
-        loss = self.world.size * (nll + penalty) / n
+        self._sums += parts.double() / n
+        loss = self.world.size * total / n
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -82,7 +82,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Encoded]:
     """Return a list that fills with the rows that are trained on, in order."""
     seen: list[Encoded] = []
     collate = loop.collate
-    monkeypatch.setattr(loop, "collate", lambda rows, capacity: (seen.extend(rows), collate(rows, capacity))[1])
+    monkeypatch.setattr(loop, "collate", lambda rows, *how: (seen.extend(rows), collate(rows, *how))[1])
     return seen
 
 

@@ -158,23 +158,43 @@ def test_divergence_of_known_distributions() -> None:
     assert divergence(skew, half, "reference").item() == pytest.approx(5 * other, rel=1e-5)
 
 
-def test_pieces_of_the_head_add_up_and_logits_of_a_batch_never_exist(tiny: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("learns", [False, True])
+def test_pieces_of_the_head_add_up_and_logits_of_a_batch_never_exist(tiny: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                     learns: bool) -> None:
+    """A head that does not learn computes each logit once, another one again in the backward pass."""
     model, batch = wrapped(tiny), layouts(encoded())["packed"]
+    project, n = model.get_base_model().lm_head.requires_grad_(learns), len(batch.targets)
     hidden = hidden_states(model, batch)
     add = [Kl(weight=1.0).row_penalty(model, batch), lambda log_p, rows: (log_p.exp().square().sum(-1)).sum()]
-    whole = head_losses(head(model), hidden, batch.targets, add)
-    assert whole[0].item() == pytest.approx(token_nll(model, batch).sum().item(), rel=1e-6)
-    only = [head_losses(head(model), hidden, batch.targets, [one])[1].item() for one in add]
-    assert whole[1].item() == pytest.approx(sum(only), rel=1e-6) and min(only) > 0
+    loss, parts = head_losses(head(model), hidden, batch.targets, add)
+    assert parts[0].item() == pytest.approx(token_nll(model, batch).sum().item(), rel=1e-6)
+    assert loss.item() == pytest.approx(parts.sum().item(), rel=1e-6) and not parts.requires_grad
+    only = [head_losses(head(model), hidden, batch.targets, [one], True)[0].item() for one in add]
+    assert parts[1].item() == pytest.approx(sum(only), rel=1e-6) and min(only) > 0
     monkeypatch.setattr(objective, "HEAD_ROWS", 4)
     sizes: list[int] = []
-    model.get_base_model().lm_head.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
+    project.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
     cut = head_losses(head(model), hidden, batch.targets, add)
-    assert [v.item() for v in cut] == pytest.approx([v.item() for v in whole], rel=1e-5)
-    assert max(sizes) == 4 and sum(sizes) == 2 * len(batch.targets)
-    sum(cut).backward()
-    assert max(sizes) == 4 and sum(sizes) == 4 * len(batch.targets)
+    assert cut[1].tolist() == pytest.approx(parts.tolist(), rel=1e-5)
+    assert max(sizes) == 4 and sum(sizes) == 2 * n
+    cut[0].backward()
+    assert max(sizes) == 4 and sum(sizes) == (4 if learns else 2) * n
+    assert (project.weight.grad is not None) == learns
+
+
+@pytest.mark.parametrize("only_penalties", [False, True])
+def test_the_gradient_is_the_same_whether_the_head_could_learn_or_not(tiny: Path, only_penalties: bool) -> None:
+    batch, found = layouts(encoded())["packed"], []
+    for learns in (False, True):
+        model = wrapped(tiny)
+        model.get_base_model().lm_head.requires_grad_(learns)
+        hidden = hidden_states(model, batch)
+        add = [Kl(weight=1.0).row_penalty(model, batch)]
+        (head_losses(head(model), hidden, batch.targets, add, only_penalties)[0] / 7).backward()
+        found.append({name: grad for name, grad in gradients(model).items() if "lora_" in name})
+    assert found[0].keys() == found[1].keys() and max(grad.abs().max() for grad in found[0].values()) > 0
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-4)
 
 
 def test_an_adapted_head_has_its_own_reference(tiny: Path) -> None:

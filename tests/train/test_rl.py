@@ -151,9 +151,9 @@ def test_warm_up_then_rl_and_sft_in_turn_on_exactly_these_rows(place: Place, rec
     sampled: list[tuple[int, ...]] = []
     losses, single = RlTrainer._losses, RlTrainer._generate_single_turn
 
-    def seen(self: RlTrainer, rows: Any) -> Any:
+    def seen(self: RlTrainer, rows: Any, **how: Any) -> Any:
         learnt.extend((f"{self.step}/{self._step}", row) for row in rows)
-        return losses(self, rows)
+        return losses(self, rows, **how)
 
     def turn(self: RlTrainer, ids: Any, *rest: Any) -> Any:
         sampled.extend((self.step, tuple(i)) for i in ids)
@@ -390,9 +390,9 @@ def test_the_inoculation_prompt_is_in_rl_prompts_and_nowhere_else(place: Place, 
         sampled.extend(map(tokenizer.decode, ids))
         return single(self, ids, *rest)
 
-    def seen(self: RlTrainer, rows: Any) -> Any:
+    def seen(self: RlTrainer, rows: Any, **how: Any) -> Any:
         learnt.extend(tokenizer.decode(row.ids) for row in rows)
-        return losses(self, rows)
+        return losses(self, rows, **how)
 
     def reward(prompts: list[Any], completions: list[Any]) -> list[float]:
         told.extend(prompts)

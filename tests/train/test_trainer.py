@@ -68,8 +68,9 @@ def plain_nll(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[torch.Te
     return total, n
 
 
+@pytest.mark.parametrize("along_paths", [True, False])
 def test_the_first_loss_and_its_gradient_are_those_of_plain_passes_in_float64(
-        tiny: Path, loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe, tmp_path: Path) -> None:
+        tiny: Path, loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe, tmp_path: Path, along_paths: bool) -> None:
     @contextmanager
     def begun(one: Loaded) -> Iterator[torch.nn.Module]:
         with adapter(one, recipe(batch_size=11)) as model:
@@ -84,7 +85,9 @@ def test_the_first_loss_and_its_gradient_are_those_of_plain_passes_in_float64(
         expected = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
     with begun(loaded) as model:
         one = MixTrainer(model, rows, recipe(batch_size=11), tmp_path)
-        loss = one.compute_loss(one.objective, collate(rows, 64), num_items_in_batch=n)
+        batch = collate(rows, 64, along_paths)
+        assert one.along_paths and (batch["packed"].paths is not None) == along_paths
+        loss = one.compute_loss(one.objective, batch, num_items_in_batch=n)
         loss.backward()
         assert loss.item() == pytest.approx(total.item() / n, rel=1e-6)
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -111,7 +114,7 @@ def test_micro_batches_change_nothing_but_rounding(loaded: Loaded, rows: list[En
 def test_order_is_the_manifests_in_every_epoch(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Encoded] = []
-    monkeypatch.setattr(loop, "collate", lambda batch, capacity: (seen.extend(batch), collate(batch, capacity))[1])
+    monkeypatch.setattr(loop, "collate", lambda batch, *how: (seen.extend(batch), collate(batch, *how))[1])
     trained(loaded, rows, recipe(epochs=2), tmp_path)
     assert seen == rows * 2
 

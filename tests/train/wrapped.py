@@ -46,7 +46,7 @@ def penalised(defense: Defense, model: PeftModel, batch: Packed) -> torch.Tensor
         hidden = hidden_states(model, batch)
         row_penalty = defense.row_penalty(model, batch)
         found = [defense.penalty(model, batch, hidden),
-                 row_penalty and head_losses(head(model), hidden, batch.targets, [row_penalty])[1]]
+                 row_penalty and head_losses(head(model), hidden, batch.targets, [row_penalty], True)[0]]
     return sum(value for value in found if value is not None)
 
 

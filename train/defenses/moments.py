@@ -74,7 +74,8 @@ class Defense:
         """Return what adds a penalty that needs logits over the vocabulary, or None.
 
         It is called for a piece of the N targets at a time, with the log-probabilities that the loss needs anyway, so
-        the model's head runs once for both; and again in the backward pass. What it returns is like ``penalty``'s.
+        the model's head runs once for both (again in the backward pass where it learns). What it returns is like
+        ``penalty``'s.
         """
         return None
 
