@@ -88,17 +88,22 @@ def _piece_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Te
 
 
 def _tiled_nll(layer: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropies of one tile's rows: log of the sum over the vocabulary, a part at a time, - target."""
-    whole = wanted = torch.full(targets.shape, -math.inf, device=hidden.device)
+    """Return the cross entropies of one tile's rows: ``top - target + log(sum of exp(logit - top))``, a part at a time.
+
+    ``top`` is the largest logit so far, so that the small difference of two large numbers is taken once.
+    """
+    wanted = torch.full(targets.shape, -math.inf, device=hidden.device)
+    top, total = torch.full_like(wanted, torch.finfo(torch.float32).min), torch.zeros_like(wanted)
     for start in range(0, layer.out_features, TILE[1]):
         words = slice(start, start + TILE[1])
         bias = None if layer.bias is None else layer.bias[words]
         logits = torch.nn.functional.linear(hidden, layer.weight[words], bias).float()
-        whole = torch.logaddexp(whole, logits.logsumexp(-1))
         place = targets - start
         inside = (place >= 0) & (place < logits.shape[-1])
         wanted = torch.where(inside, logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0], wanted)
-    return whole - wanted
+        before, top = top, torch.maximum(top, logits.amax(-1))
+        total = total * (before - top).exp() + logits.sub_(top[:, None]).exp_().sum(-1)
+    return top - wanted + total.log()
 
 
 class _FrozenHead(torch.autograd.Function):
