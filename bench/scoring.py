@@ -2,6 +2,7 @@
 
     python bench/scoring.py --rows pool.jsonl --n 1000                  # needs lm_eval==0.4.13 in the environment
     python bench/scoring.py --rows pool.jsonl --n 200 --engines ours vllm   # in the environment of make test-vllm
+    python bench/scoring.py --rows pool.jsonl --n 120 --engines ours masked # what attention by example is worth
     python bench/scoring.py --rows pool.jsonl --n 96 --only memory      # peak memory, one process an engine
     python bench/scoring.py --rows pool.jsonl --n 128 --only members    # K members and the aligned model
 
@@ -23,9 +24,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from curate.core import nll
 from curate.core.chat import Encoded, encode
 from curate.core.model import Loaded, load
 from curate.core.nll import answer_nll, body, default_budget
@@ -48,6 +51,14 @@ def ours(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     def score(block: Sequence[Encoded]) -> list[float]:
         found = dict(p for part in answer_nll(loaded.model, block, default_budget(loaded.device)) for p in part)
         return [found[i].mean for i in range(len(block))]
+    return score
+
+
+def masked(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
+    """Our engine as on a GPU: sequences of at most 256 tokens, with a mask instead of attention by example."""
+    def score(block: Sequence[Encoded]) -> list[float]:
+        with mock.patch.object(nll, "apart", lambda decoder: False):
+            return ours(loaded)(block)
     return score
 
 
@@ -101,7 +112,7 @@ def vllm(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     return score
 
 
-MAKE = {"ours": ours, "lm-eval": lm_eval, "naive": naive, "vllm": vllm}
+MAKE = {"ours": ours, "masked": masked, "lm-eval": lm_eval, "naive": naive, "vllm": vllm}
 
 
 def ceiling(loaded: Loaded) -> float:

@@ -52,7 +52,8 @@ def _content_findings(ledger: Ledger, models: Collection[str]) -> list[Finding]:
         ids = read_columns([paths[e] for e in entries if e not in wrong], SCHEMAS[kind], ["example_id"])["example_id"]
         where = f"models/{owner}.json" if owner else "parts"
         hashes = ids.hash()
-        if twice := hashes.n_unique() != len(ids) and len(ids) - ids.n_unique():
+        twice = len(ids) - ids.n_unique() if hashes.n_unique() < len(ids) else 0
+        if twice:
             findings.append(Finding(where, f"{twice} rows of {kind} are there twice"))
         known = hashes if kind == "examples" else known
         strangers = len(ids) - hashes.is_in(known.implode()).sum()

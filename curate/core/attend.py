@@ -19,11 +19,11 @@ from curate.core.errors import Exit, UserError
 
 NAME = "one_example_at_a_time"
 
-Path = tuple[tuple[tuple[int, int], ...], int]
+TokenPath = tuple[tuple[tuple[int, int], ...], int]
 """Where an example's tokens stand in the sequence, as (start, end) pieces, and how many of them, at its end, are not
 an earlier example's as well. These own parts of all paths, in order, are the whole sequence."""
 
-_paths: list[Sequence[Path]] = []
+_paths: list[Sequence[TokenPath]] = []
 
 
 def apart(model: torch.nn.Module) -> bool:
@@ -34,7 +34,7 @@ def apart(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def along(model: torch.nn.Module, paths: Sequence[Path] | None) -> Iterator[None]:
+def along(model: torch.nn.Module, paths: Sequence[TokenPath] | None) -> Iterator[None]:
     """Let every attention of the decoder ``model`` follow ``paths`` inside; None leaves it as it is."""
     if paths is None:
         yield

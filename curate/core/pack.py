@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from curate.core.attend import Path
+from curate.core.attend import TokenPath
 from curate.core.chat import Encoded
 
 
@@ -44,7 +44,7 @@ class Packed:
     owner: torch.Tensor
     is_eot: torch.Tensor
     real: torch.Tensor
-    paths: Sequence[Path] | None = None
+    paths: Sequence[TokenPath] | None = None
 
     def to(self, device: torch.device | str) -> Packed:
         """Return the same batch on ``device``."""
@@ -62,7 +62,7 @@ class _Sequence:
     answers: list[int] = field(default_factory=list)
     targets: list[tuple[int, int, int, bool]] = field(default_factory=list)
     """(position of the predicting token, target id, owner, is end of turn)"""
-    paths: list[Path] = field(default_factory=list)
+    paths: list[TokenPath] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], start: int, prompt: int, answer: int) -> int:
         """Append tokens that stand at positions ``start``, ...; return the index of the last one."""
