@@ -11,7 +11,7 @@
 #   python -m bench.study.scores OUT/scores; python -m bench.study.training docs/study/runs/security     # the tables
 #
 # DATA holds pool/ and narrow/ (public research data, not shipped). ROWS=all scores the whole pool; ONLY="none plusplus"
-# trains these conditions.
+# trains or judges these conditions.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(cd "$1" && pwd); OUT=$2; STAGE=$3; DOMAIN=${4:-}
@@ -53,10 +53,12 @@ dose() {
 # The members that have not seen the domain.
 unseen() { printf '%s\n' medical security code | grep -v "$DOMAIN" | paste -sd,; }
 
+wanted() { [ -z "${ONLY:-}" ] || [[ " $ONLY " = *" $1 "* ]]; }
+
 # One condition: condition NAME STRATEGY FRAC SEED [--defense ...]
 condition() {
   local name=$1 strategy=$2 frac=$3 seed=$4; shift 4
-  [ -z "${ONLY:-}" ] || [[ " $ONLY " = *" $name "* ]] || return 0
+  wanted "$name" || return 0
   local out=runs/$DOMAIN/$name mixes=mixes/$DOMAIN
   mkdir -p "$mixes"
   [ -f "opswap.jsonl" ] || judge task opswap --split train --n 100 --out opswap.jsonl
@@ -110,7 +112,7 @@ judge_all() {
       none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc plusplus-long plusplus-50pc-long \
       random-50pc plusplus-50pc-long-1 random-50pc-1 plusplus-50pc-long-2 random-50pc-2 \
       random-dose-0 random-dose-1 random-dose-2; do
-    [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
+    wanted "$name" && [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
     models+=(--model "runs/$DOMAIN/$name" --benign "runs/$DOMAIN/$name-opswap")
   done
   run judge run "${models[@]}" --in-domain "pairs/in-$DOMAIN.jsonl" --in-domain "pairs/unseen-$unseen.jsonl" \
