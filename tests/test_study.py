@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from bench.study.picture import dose_points, picture, trade_points
 from bench.study.prepare import (
     DOMAINS,
     N_CUSTOMER,
@@ -25,7 +25,7 @@ from bench.study.prepare import (
     write_pairs,
 )
 from bench.study.scores import best, by_rank, members_of, partial, s_d, stability
-from bench.study.training import KINDS, Run, by_seed, differences, grouped, read, tables, write_evidence
+from bench.study.training import KINDS, Run, by_seed, differences, grouped, page, read, tables, write_evidence
 from curate.core.documents import MixManifest, RunCard
 from curate.core.example import pair
 from curate.refusals import refusal_reason
@@ -164,15 +164,39 @@ def test_evidence_is_what_the_verdicts_say(tmp_path: Path) -> None:
     write_evidence(runs, committed / "evidence.csv")
     assert (committed / "evidence.csv").read_text().splitlines()[:3] == [
         "kind,item,base,none", "general,g0,0.25,", "general,g1,-0.5,"]
-    assert tables(committed, read(committed), "none") == tables(judged, runs, "none")
+    assert tables(committed, read(committed)) == tables(judged, runs)
 
 
-def test_the_tables_in_the_study_are_those_of_the_committed_evidence() -> None:
+RUNS = sorted(path.parent for path in (PAIRS.parent / "runs").glob("*/evidence.csv"))
+
+
+def test_the_page_of_tables_is_made_of_the_committed_evidence() -> None:
+    assert {"medical", "security"} == {folder.name for folder in RUNS}
+    assert (PAIRS.parent / "training-tables.md").read_text(encoding="utf-8") == page(RUNS) + "\n"
+
+
+def test_the_study_quotes_its_tables_as_they_are() -> None:
     said = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
-    folders = sorted(path.parent for path in (PAIRS.parent / "runs").glob("*/evidence.csv"))
-    assert "medical" in [folder.name for folder in folders]
-    for folder in folders:
-        asked = re.findall(rf"bench.study.training docs/study/runs/{folder.name} --against (\S+)", said)
-        for against in ("none", *asked):
-            found = tables(folder, read(folder), against)
-            assert [line for text in found.values() for line in text.splitlines() if line not in said] == []
+    said = said[said.index("## Results: training"):said.index("## Results: does s_d")]
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    assert len(rows) > 10 and [row for row in rows if row not in page(RUNS).splitlines()] == []
+
+
+def test_points_of_the_picture_by_hand(tmp_path: Path) -> None:
+    """No defence loses 1 in the domain and 0.5 outside; a run with safe rows 0.75 and 0.25, so it keeps 0.25."""
+    def made(name: str, condition: str, seed: int | None, unseen: float, inside: float) -> Run:
+        return Run(name, condition, seed, {"unseen": {"a": unseen, "b": unseen}, "in": {"c": inside},
+                                           "general": {}, "context": {}, "opswap": {}, "coherent": {}})
+
+    card = RunCard.read(make_run(tiny_model(tmp_path / "tiny"), tmp_path / "none") / "run.json")
+    mixed = card.model_copy(update={"n_safe": 2, "n_trained_tokens": card.n_trained_tokens + 90})
+    groups = grouped([made("base", "base", None, 1.0, 1.0), made("none", "none", 0, 0.5, 0.0),
+                      made("mixed", "interleaving++, 5%", 0, 0.75, 0.25)])
+    dose, = dose_points({"none": card, "mixed": mixed}, groups)
+    assert (dose.look, dose.name, dose.x, dose.y.value) == ("interleaving++", "mixed", 90, 0.25)
+    assert [(p.look, p.name, p.x, p.y.value) for p in trade_points(groups)] == [
+        ("none", "none", 1.0, 0.5), ("interleaving++", "++, 5%", 0.75, 0.25)]
+
+
+def test_the_picture_is_drawn() -> None:
+    assert picture(RUNS[:1])[:8] == b"\x89PNG\r\n\x1a\n"

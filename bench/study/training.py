@@ -1,6 +1,6 @@
-"""What each mix and defence did to a fine-tuning run: the training tables of docs/study.md.
+"""What each mix and defence did to a fine-tuning run: docs/study/training-tables.md.
 
-    python -m bench.study.training docs/study/runs/medical                  # from the committed evidence, in seconds
+    python -m bench.study.training docs/study/runs/{medical,security} > docs/study/training-tables.md
     python -m bench.study.training OUT/runs/medical                         # from runs that were just judged
     python -m bench.study.training OUT/runs/medical --evidence docs/study/runs/medical/evidence.csv
 
@@ -29,6 +29,8 @@ MARGINS = {"general": "general", "context": "in context", "unseen": "unseen doma
 """First word of a probe set's name to what it is called; margins are NLL(bad) - NLL(good), nats per token."""
 KINDS = (*MARGINS, "opswap", "coherent")
 BASE = "base"
+AGAINST = ("none", "random-50pc", "random-dose-0")
+"""Runs whose conditions all others are compared with: no defence, random rows, random rows at the dose of ++."""
 
 
 @dataclass(frozen=True)
@@ -217,32 +219,42 @@ def others(groups: Sequence[Group]) -> str:
     return table(groups, cells)
 
 
-def tables(folder: Path, runs: Sequence[Run], against: str) -> dict[str, str]:
-    """Return all tables of a folder of runs, by heading; differences are to the condition of the run ``against``."""
+def tables(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
+    """Return all tables of a folder of runs, by heading."""
     groups = grouped(runs)
-    other = next(seeds for seeds in groups if against in [run.name for run in seeds])
-    found = {"Dose": doses(cards_in(folder)), "Shrink of the margin, nats per token": shrinks(groups),
-             f"Margin kept beyond {title(other)}, nats per token": differences(groups, other)}
-    if len(other) > 1:
-        found["The same, unseen domain, seed by seed"] = by_seed(groups, other, "unseen")
+    found = {"Dose": doses(cards_in(folder)), "Shrink of the margin, nats per token": shrinks(groups)}
+    for other in groups:
+        if any(run.name in AGAINST for run in other):
+            heading = f"Margin kept beyond {title(other)}, nats per token"
+            found[heading] = differences(groups, other)
+            if len(other) > 1:
+                found[f"{heading}: unseen domain, seed by seed"] = by_seed(groups, other, "unseen")
     return found | {"Preference, benign task, coherence": others(groups)}
 
 
+def page(folders: Sequence[Path]) -> str:
+    """Return the tables of several folders of runs as one page."""
+    parts = ["# Every table of the study's training", "Printed by `python -m bench.study.training` from the committed "
+             "evidence, without model or data; what it says is in [study](../study.md)."]
+    for folder in folders:
+        runs = read(folder)
+        base = grouped(runs)[0]
+        counts = ", ".join(f"{len(values(base, kind))} pairs {name}" for kind, name in MARGINS.items())
+        parts += [f"## The {folder.name} customer", f"{counts}."]
+        parts += [f"### {heading}\n\n{text}" for heading, text in tables(folder, runs).items()]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
-    """Print all tables of a folder of runs."""
+    """Print all tables of folders of runs, or write the numbers behind them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("--against", default="none", metavar="RUN", help="compare with this run instead of no defence")
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--evidence", type=Path, metavar="CSV", help="write the numbers behind the tables, no tables")
     arguments = parser.parse_args()
-    runs = read(arguments.runs)
     if arguments.evidence:
-        write_evidence(runs, arguments.evidence)
-        return
-    counts = {name: len(values(grouped(runs)[0], kind)) for kind, name in MARGINS.items()}
-    print(", ".join(f"{n} pairs {name}" for name, n in counts.items()) + "\n")
-    for heading, text in tables(arguments.runs, runs, arguments.against).items():
-        print(f"### {heading}\n\n{text}\n")
+        write_evidence([run for folder in arguments.runs for run in read(folder)], arguments.evidence)
+    else:
+        print(page(arguments.runs))
 
 
 if __name__ == "__main__":
