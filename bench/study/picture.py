@@ -4,7 +4,9 @@
 
 Left, every run: how much margin it keeps on an unseen domain beyond the undefended run of its seed, over the answer
 tokens of its safe rows. Right, every condition: how far the margin has shrunk on the unseen domain, over how far it has
-in the domain; without a defence, both grow along the dashed line. Bars are 95% bootstrap intervals by question.
+in the domain; the dashed line goes to no defence, and what lies below it spreads less than it teaches. Bars are 95%
+bootstrap intervals by question; on the right there are none, because conditions are compared question by question and
+not by whether such bars overlap (training-tables.md).
 """
 
 from __future__ import annotations
@@ -74,16 +76,16 @@ def short(condition: str) -> str:
     return name.replace("random+", "+").replace(", answers of 16 tokens or more", " long")
 
 
-def draw(axes: Axes, points: Sequence[Point], labels: bool) -> None:
-    """Put points with their intervals, and names where wanted, on axes."""
+def draw(axes: Axes, points: Sequence[Point], names: bool) -> None:
+    """Put points on axes, with their names or else with their intervals."""
     for point in points:
         colour, marker = LOOKS[point.look]
-        low, high = point.y.value - point.y.low, point.y.high - point.y.value
-        axes.errorbar([point.x], [point.y.value], [[low], [high]], color=colour, marker=marker, markersize=6,
-                      linewidth=1, alpha=0.85)
-        if labels:
-            axes.annotate(point.name, (point.x, point.y.value), (6, -9), textcoords="offset points", fontsize=7,
-                          color=colour)
+        if names:
+            axes.annotate(point.name, (point.x, point.y.value), (-7, 0), textcoords="offset points", fontsize=7,
+                          color=colour, ha="right", va="center")
+        else:
+            axes.plot([point.x] * 2, [point.y.low, point.y.high], color=colour, linewidth=1, alpha=0.7)
+        axes.plot([point.x], [point.y.value], color=colour, marker=marker, markersize=6)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -95,7 +97,7 @@ def picture(folders: Sequence[Path]) -> bytes:
         groups = grouped(read(folder))
         dose, trade = (figure.add_subplot(len(folders), 2, 2 * row + k) for k in (1, 2))
         points = dose_points(cards_in(folder), groups)
-        draw(dose, points, labels=False)
+        draw(dose, points, names=False)
         dose.axhline(0, color="#444444", linewidth=0.8, linestyle="--")
         dose.set_xlim(left=0)
         dose.set(xlabel="answer tokens of safe rows", ylabel="margin kept, unseen domain\n(nats per token)",
@@ -103,9 +105,9 @@ def picture(folders: Sequence[Path]) -> bytes:
         for look in dict.fromkeys(point.look for point in points):
             colour, marker = LOOKS[look]
             dose.plot([], [], color=colour, marker=marker, linestyle="", label=look)
-        dose.legend(frameon=False, fontsize=8)
+        dose.legend(frameon=False, fontsize=8, loc="upper left")
         points = trade_points(groups)
-        draw(trade, points, labels=True)
+        draw(trade, points, names=True)
         none = next(point for point in points if point.look == "none")
         trade.plot([0, none.x], [0, none.y.value], color="#444444", linewidth=0.8, linestyle="--")
         trade.set(xlabel="margin lost in the domain: what is learnt", ylabel="margin lost, unseen domain: what spreads",
