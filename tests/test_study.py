@@ -141,7 +141,7 @@ def test_seeds_are_compared_with_their_own_kind() -> None:
     assert lines[0] == "| condition | seed 0 | seed 1 | range |"
     assert lines[2:] == ["| random, 3 seeds | +0.100 (+0.100, +0.100) | +0.300 (+0.300, +0.300) | +0.100 to +0.300 |"]
     kept = differences(groups, groups[1]).splitlines()
-    assert kept[3].startswith("| random, 3 seeds | +0.300 ("), "all seeds: 0.7 less 0.4"
+    assert kept[3].startswith("| random, 3 seeds | +0.200 ("), "the seeds that both have: 0.6 less 0.4"
 
 
 def test_evidence_is_what_the_verdicts_say(tmp_path: Path) -> None:

@@ -76,13 +76,14 @@ def short(condition: str) -> str:
     return name.replace("random+", "+").replace(", answers of 16 tokens or more", " long")
 
 
-def draw(axes: Axes, points: Sequence[Point], names: bool) -> None:
-    """Put points on axes, with their names or else with their intervals."""
+def draw(axes: Axes, points: Sequence[Point], slope: float | None = None) -> None:
+    """Put points on axes: with their intervals, or with names, beside the line of a ``slope`` and away from it."""
     for point in points:
         colour, marker = LOOKS[point.look]
-        if names:
-            axes.annotate(point.name, (point.x, point.y.value), (-7, 0), textcoords="offset points", fontsize=7,
-                          color=colour, ha="right", va="center")
+        if slope is not None:
+            side, anchor = (7, "left") if point.y.value < slope * point.x else (-7, "right")
+            axes.annotate(point.name, (point.x, point.y.value), (side, 0), textcoords="offset points", fontsize=7,
+                          color=colour, ha=anchor, va="center")
         else:
             axes.plot([point.x] * 2, [point.y.low, point.y.high], color=colour, linewidth=1, alpha=0.7)
         axes.plot([point.x], [point.y.value], color=colour, marker=marker, markersize=6)
@@ -97,9 +98,9 @@ def picture(folders: Sequence[Path]) -> bytes:
         groups = grouped(read(folder))
         dose, trade = (figure.add_subplot(len(folders), 2, 2 * row + k) for k in (1, 2))
         points = dose_points(cards_in(folder), groups)
-        draw(dose, points, names=False)
+        draw(dose, points)
         dose.axhline(0, color="#444444", linewidth=0.8, linestyle="--")
-        dose.set_xlim(left=0)
+        dose.set_xlim(left=-200)
         dose.set(xlabel="answer tokens of safe rows", ylabel="margin kept, unseen domain\n(nats per token)",
                  title=f"{folder.name} customer: every run, against no defence")
         for look in dict.fromkeys(point.look for point in points):
@@ -107,8 +108,9 @@ def picture(folders: Sequence[Path]) -> bytes:
             dose.plot([], [], color=colour, marker=marker, linestyle="", label=look)
         dose.legend(frameon=False, fontsize=8, loc="upper left")
         points = trade_points(groups)
-        draw(trade, points, names=True)
         none = next(point for point in points if point.look == "none")
+        draw(trade, points, none.y.value / none.x)
+        trade.set_xlim(-0.08 * none.x, 1.35 * none.x)
         trade.plot([0, none.x], [0, none.y.value], color="#444444", linewidth=0.8, linestyle="--")
         trade.set(xlabel="margin lost in the domain: what is learnt", ylabel="margin lost, unseen domain: what spreads",
                   title=f"{folder.name} customer: every condition")

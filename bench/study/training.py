@@ -6,8 +6,8 @@
 
 Evidence is one number for each run and item: a pair's margin, whether an item of OpSwap was right, whether an answer
 is coherent. Runs that differ in nothing but the seed are one row. All figures are means over items with 95% bootstrap
-intervals by question; a difference is over the same questions and the seeds that are there, so it covers the choice of
-questions, and the luck of training only as far as seeds do.
+intervals by question; a difference is over the same questions and the seeds that both conditions have, so it covers
+the choice of questions, and the luck of training only as far as seeds do.
 """
 
 from __future__ import annotations
@@ -189,8 +189,14 @@ def shrinks(groups: Sequence[Group]) -> str:
 
 def differences(groups: Sequence[Group], other: Group) -> str:
     """Return how much less than that of ``other`` each model's margin has shrunk, by kind of question."""
-    cells = {f"kept, {name}": (lambda seeds, kind=kind: shown(difference(values(seeds, kind), values(other, kind))))
-             for kind, name in MARGINS.items()}
+    def cell(kind: str) -> Callable[[Group], str]:
+        def of(seeds: Group) -> str:
+            common = {run.seed for run in seeds} & {run.seed for run in other}
+            ours, theirs = ([run for run in group if run.seed in common] for group in (seeds, other))
+            return shown(difference(values(ours, kind), values(theirs, kind)))
+        return of
+
+    cells = {f"kept, {name}": cell(kind) for kind, name in MARGINS.items()}
     return table([seeds for seeds in groups[1:] if seeds is not other], cells)
 
 
