@@ -257,8 +257,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--evidence", type=Path, metavar="CSV", help="write the numbers behind the tables, no tables")
     arguments = parser.parse_args()
+    if arguments.evidence and len(arguments.runs) > 1:
+        parser.error("--evidence takes one folder of runs: the same run names stand in each.")
     if arguments.evidence:
-        write_evidence([run for folder in arguments.runs for run in read(folder)], arguments.evidence)
+        write_evidence(read(arguments.runs[0]), arguments.evidence)
     else:
         print(page(arguments.runs))
 
