@@ -3,6 +3,7 @@
     python bench/scoring.py --rows pool.jsonl --n 1000                  # needs lm_eval==0.4.13 in the environment
     python bench/scoring.py --rows pool.jsonl --n 200 --engines ours vllm   # in the environment of make test-vllm
     python bench/scoring.py --rows pool.jsonl --n 120 --engines ours masked # what attention by example is worth
+    python bench/scoring.py --rows pool.jsonl --n 120 --engines ours trimmed        # what keeping memory is worth
     python bench/scoring.py --rows pool.jsonl --n 96 --only memory      # peak memory, one process an engine
     python bench/scoring.py --rows pool.jsonl --n 128 --only members    # K members and the aligned model
 
@@ -13,6 +14,7 @@ all of them. Tokens are prompt and answer tokens as each engine is given them, t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
@@ -32,6 +34,7 @@ from curate.core import nll
 from curate.core.chat import Encoded, encode
 from curate.core.model import Loaded, load
 from curate.core.nll import answer_nll, body, default_budget
+from curate.core.processes import M_TRIM_THRESHOLD, keep_freed_memory
 from curate.core.refs import weights_at
 from curate.core.sources import file_source, read_source
 from curate.scorers.transformers import TransformersScorer
@@ -59,6 +62,18 @@ def masked(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     def score(block: Sequence[Encoded]) -> list[float]:
         with mock.patch.object(nll, "apart", lambda decoder: False):
             return ours(loaded)(block)
+    return score
+
+
+def trimmed(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
+    """Our engine with the memory that a pass frees given back at the limit which glibc finds by itself."""
+    def score(block: Sequence[Encoded]) -> list[float]:
+        largest = 2048 * loaded.model.config.intermediate_size * 4
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2 * largest)
+        try:
+            return ours(loaded)(block)
+        finally:
+            keep_freed_memory()
     return score
 
 
@@ -112,7 +127,7 @@ def vllm(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     return score
 
 
-MAKE = {"ours": ours, "masked": masked, "lm-eval": lm_eval, "naive": naive, "vllm": vllm}
+MAKE = {"ours": ours, "masked": masked, "trimmed": trimmed, "lm-eval": lm_eval, "naive": naive, "vllm": vllm}
 
 
 def ceiling(loaded: Loaded) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from curate.core.documents import ModelIdentity
 from curate.core.errors import Exit, UserError, require
 from curate.core.identity import ALSO_ADAPTER, identify, located
+from curate.core.processes import keep_freed_memory
 from curate.core.refs import readable_errors
 from curate.core.terminal import quiet_libraries
 
@@ -101,6 +102,8 @@ def load_weights(ref: str, dtype: str, device: str, in_4bit: bool = False) -> Pr
     import torch
     from transformers import AutoModelForCausalLM
 
+    if device == "cpu":
+        keep_freed_memory()
     quantised = _in_4bit(getattr(torch, dtype), device) if in_4bit else {}
     path, revision = located(ref)
     with readable_errors(ref):
