@@ -25,8 +25,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, and return whether its C library can be told to (glibc's can).
 
     A pass on a CPU makes and drops the same few tensors of some 10 MB in every layer. By default their memory goes back
-    to the system time and again, which then has to clear it anew: 4% of a pass (docs/benchmarks.md). The peak does not
-    grow, but the process stays near it. Tensors above 32 MB, the most that glibc takes for a limit, still go back.
+    to the system time and again, which then has to clear it anew: some percent of a pass (docs/benchmarks.md). The
+    process then stays near its peak. Tensors above 32 MB, the most that glibc takes for a limit, still go back.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 1 << 30))
