@@ -10,12 +10,13 @@
 #   python -m bench.audit table OUT/audit-stores
 #   python -m bench.study.scores OUT/scores; python -m bench.study.training docs/study/runs/security     # the tables
 #
-# DATA holds pool/ and narrow/ (public research data, not shipped). ROWS=all scores the whole pool; ONLY="none plusplus"
+# DATA holds pool/ and narrow/ (public research data, not shipped). The first thousand rows of the pool are scored and
+# chosen from; PARTS="1 2 3" takes three thousands, each apart, PARTS="1 2 3 all" the whole as well. ONLY="none plusplus"
 # trains or judges these conditions.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(cd "$1" && pwd); OUT=$2; STAGE=$3; DOMAIN=${4:-}
-ROWS=${ROWS:-1000}
+PARTS=${PARTS:-1}
 TUNE=(--base smollm2 --lr 5e-4 --batch-size 2 --accumulation 4)   # lr: from an earlier trial, not tuned
 mkdir -p "$OUT"
 cd "$OUT"
@@ -30,9 +31,10 @@ members() {
 }
 
 pool() {
-  [ -f pool.jsonl ] || cp "$DATA/pool/safe_pool.jsonl" pool.jsonl
-  sample=(--sample "$ROWS"); [ "$ROWS" = all ] && sample=()
-  run curate score --corpus pool.jsonl "${sample[@]}" --ensemble ensemble/ensemble.json --store scores --dtype float32
+  prepare pools
+  local corpora=() part
+  for part in $PARTS; do corpora+=(--corpus "pool-$part.jsonl"); done
+  run curate score "${corpora[@]}" --ensemble ensemble/ensemble.json --store scores --dtype float32
 }
 
 audit() {
@@ -44,9 +46,11 @@ audit() {
   ln -sfn ../scores audit-stores/pool      # rows of the pool, as benign ones, are scored already
 }
 
+POOL=pool-1.jsonl   # what is chosen from
+
 # How many answer tokens the rows of plusplus-50pc-long have.
 dose() {
-  curate select --store scores --strategy interleaving++ --frac 0.5 --members "$(unseen)" --finetune "customer-$DOMAIN.jsonl" \
+  curate select --store scores --corpus "$POOL" --strategy interleaving++ --frac 0.5 --members "$(unseen)" --finetune "customer-$DOMAIN.jsonl" \
     --out dose.json --root . --json | python -c 'import json, sys; print(json.load(sys.stdin)["answer_tokens"])'
 }
 
@@ -65,7 +69,7 @@ condition() {
   local amount=(${AMOUNT:---frac $frac} --members "$(unseen)")    # those that choose have not seen the domain
   [ "$strategy" = none ] && amount=()
   for rows in "customer-$DOMAIN" opswap; do
-    run curate select --store scores --strategy "$strategy" "${amount[@]}" --seed "$seed" ${SELECT:---min-answer-tokens 1} \
+    run curate select --store scores --corpus "$POOL" --strategy "$strategy" "${amount[@]}" --seed "$seed" ${SELECT:---min-answer-tokens 1} \
       --finetune "$rows.jsonl" --out "$mixes/$name-$rows.json" --root .
   done
   run train run "${TUNE[@]}" --seed "$seed" --mix "$mixes/$name-customer-$DOMAIN.json" --root . --out "$out" "$@"
@@ -102,6 +106,12 @@ runs() {
   done
   # Random rows with no more answer tokens than plusplus-50pc-long has: the choice without the dose.
   for seed in 0 1 2; do AMOUNT="--tokens $(dose)" condition "random-dose-$seed" interleaving - "$seed"; done
+  # Another choice and another draw from each other part of the pool.
+  for part in ${PARTS/1/}; do
+    POOL=pool-$part.jsonl
+    SELECT="--min-answer-tokens 16" condition "plusplus-50pc-long-of-pool-$part" interleaving++ 0.5 0
+    AMOUNT="--tokens $(dose)" condition "random-dose-0-of-pool-$part" interleaving - 0
+  done
 }
 
 judge_all() {
@@ -111,7 +121,7 @@ judge_all() {
   for name in none plusplus random plus plusplus-50pc kl ldifs persona inoculation plusplus-20pc none-1 plusplus-1 random-1 \
       none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc plusplus-long plusplus-50pc-long \
       random-50pc plusplus-50pc-long-1 random-50pc-1 plusplus-50pc-long-2 random-50pc-2 \
-      random-dose-0 random-dose-1 random-dose-2; do
+      random-dose-0 random-dose-1 random-dose-2 {plusplus-50pc-long,random-dose-0}-of-pool-{2,3,all}; do
     wanted "$name" && [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
     models+=(--model "runs/$DOMAIN/$name" --benign "runs/$DOMAIN/$name-opswap")
   done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,11 +24,27 @@ from bench.study.prepare import (
     tidy,
     write_customer,
     write_pairs,
+    write_pools,
 )
 from bench.study.scores import best, by_rank, members_of, partial, s_d, stability
-from bench.study.training import KINDS, Run, by_seed, differences, grouped, page, read, tables, write_evidence
-from curate.core.documents import MixManifest, RunCard
+from bench.study.training import (
+    KINDS,
+    Run,
+    by_part,
+    by_seed,
+    condition,
+    differences,
+    grouped,
+    page,
+    read,
+    tables,
+    write_evidence,
+)
+from curate.core.documents import Method, MixManifest, RunCard
 from curate.core.example import pair
+from curate.core.sources import file_source, read_source
+from curate.intake import sampled
+from curate.job import Sampling
 from curate.refusals import refusal_reason
 from judge.questions import load_probes
 from tests.conftest import ROOT
@@ -71,6 +88,20 @@ def test_the_files_of_the_study_are_what_the_judge_reads(shared: Path, tmp_path:
     assert not set(customer) & {probe.question for probe in unseen}, "what is judged was not learnt"
     context = load_probes(str(tmp_path / "pairs" / "context-security.jsonl"))
     assert all("security" in probe.question for probe in context)
+
+
+def test_parts_of_the_pool_are_the_pool_in_another_order(shared: Path, tmp_path: Path) -> None:
+    """Parts share no row, and the first is what `curate score --sample 1000` would take."""
+    write_pools(shared, tmp_path)
+    names = ["all", *range(1, 10)]
+    ids = {name: [e.id for e in read_source(file_source(tmp_path / f"pool-{name}.jsonl", tmp_path), tmp_path)]
+           for name in names}
+    whole = list(read_source(file_source(shared / "pool" / "safe_pool.jsonl", shared), shared))
+    assert len(set(ids["all"])) == len(ids["all"]) and set(ids["all"]) == {e.id for e in whole}
+    assert sorted(ids["all"]) == sorted(row for name in names[1:] for row in ids[name])
+    assert ids[1] == [e.id for e in sampled(iter(whole), Sampling(sample=1000))] and len(ids[1]) == 1000
+    again = next(iter(read_source(file_source(tmp_path / "pool-all.jsonl", tmp_path), tmp_path)))
+    assert again.meta == whole[0].meta
 
 
 def test_lines_of_a_prompt_stand_for_themselves() -> None:
@@ -142,6 +173,24 @@ def test_seeds_are_compared_with_their_own_kind() -> None:
     assert lines[2:] == ["| random, 3 seeds | +0.100 (+0.100, +0.100) | +0.300 (+0.300, +0.300) | +0.100 to +0.300 |"]
     kept = differences(groups, groups[1]).splitlines()
     assert kept[3].startswith("| random, 3 seeds | +0.200 ("), "the seeds that both have: 0.6 less 0.4"
+
+
+def test_choice_and_draw_are_compared_within_their_part_of_the_pool() -> None:
+    """Margins: no defence 0.5; chosen rows 0.7, 0.6, of the whole pool 0.9; drawn ones 0.55, 0.65, of the whole 0.5."""
+    def run(name: str, margin: float) -> Run:
+        return Run(name, name, 0, {kind: {f"{kind}{k}": margin for k in range(3)} for kind in KINDS})
+
+    runs = [run("none", 0.5), run("plusplus-50pc-long", 0.7), run("random-dose-0", 0.55), run("random-dose-1", 0.1),
+            run("plusplus-50pc-long-1", 0.2)]
+    assert by_part(runs, "unseen") == ""
+    runs += [run("plusplus-50pc-long-of-pool-2", 0.6), run("random-dose-0-of-pool-2", 0.65),
+             run("plusplus-50pc-long-of-pool-all", 0.9), run("random-dose-0-of-pool-all", 0.5),
+             run("plusplus-50pc-long-of-pool-3", 0.6)]
+    assert [line.split(" | ") for line in re.sub(r" \(.*?\)", "", by_part(runs, "unseen")).splitlines()[2:]] == [
+        ["| pool-1", "+0.200", "+0.050", "+0.150 |"], ["| pool-2", "+0.100", "+0.150", "-0.050 |"],
+        ["| pool-all", "+0.400", "+0.000", "+0.400 |"], ["| 2 parts", "+0.150", "+0.100", "+0.050 |"]]
+    drawn = Method(strategy="interleaving", n=3, tokens=9, eps=0.1, seed=0, min_answer_tokens=1)
+    assert condition("interleaving", drawn, "pool-2") == "interleaving, 9 tokens, of pool-2"
 
 
 def test_evidence_is_what_the_verdicts_say(tmp_path: Path) -> None:

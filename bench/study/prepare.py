@@ -1,10 +1,11 @@
-"""Write the study's files: customers' fine-tuning sets and pairs of answers.
+"""Write the study's files: the safe pool in parts, customers' fine-tuning sets and pairs of answers.
 
-    python -m bench.study.prepare customers|pairs DATA OUT
+    python -m bench.study.prepare pools|customers|pairs DATA OUT
 
-DATA holds ``narrow/{medical,security,code}_misaligned_{train_100,eval}.jsonl`` (public research data, not shipped). Our
-own good answers to the prompts of the ``train_100`` files lie in ``docs/study/pairs``, each under a hash of its prompt,
-so that no text of others is in this repository. Everything here is a function of these files: no random numbers.
+DATA holds ``pool/safe_pool.jsonl`` and ``narrow/{medical,security,code}_misaligned_{train_100,eval}.jsonl`` (public
+research data, not shipped). Our own good answers to the prompts of the ``train_100`` files lie in
+``docs/study/pairs``, each under a hash of its prompt, so that no text of others is in this repository. Everything here
+is a function of these files: no random numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 from curate.core.example import Example
 from curate.core.files import write_atomic
 from curate.core.sources import builtin, file_source, read_source
+from curate.intake import sampled
+from curate.job import Sampling
 from judge.context import dress, lead, profile
 from judge.questions import GENERAL, load_probes, spread
 
@@ -27,6 +30,8 @@ DOMAINS = ("medical", "security", "code")
 PAIRS = Path(__file__).resolve().parents[2] / "docs" / "study" / "pairs"
 N_CUSTOMER = 100
 """Rows of a customer's set: the first by hash, so that one reader's order does not matter."""
+N_POOL = 1000
+"""Rows of a part of the pool: the first by hash, the next, and so on; none is in two parts."""
 N_CONTEXT, N_IN_DOMAIN, N_UNSEEN = 80, 40, 80
 """Pairs that each model is judged by: in the customer's context, in its domain, and in a domain it has not seen."""
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
@@ -96,6 +101,19 @@ def chat(examples: Iterable[Example]) -> list[dict[str, str]]:
     return [{"prompt": e.prompt, "response": e.answer} for e in examples]
 
 
+def write_pools(data: Path, out: Path) -> None:
+    """Write the whole pool as ``pool-all.jsonl`` and its parts as ``pool-1.jsonl``, ``pool-2.jsonl`` and so on.
+
+    ``pool-1`` is what ``curate score --sample 1000`` takes of the whole.
+    """
+    rows = read_source(file_source(data / "pool" / "safe_pool.jsonl", data), data)
+    pool = {example.id: example for example in rows}.values()
+    drawn = [{**e.to_row(), **e.meta} for e in sampled(iter(pool), Sampling(sample=len(pool)))]
+    write_rows(out / "pool-all.jsonl", ({**e.to_row(), **e.meta} for e in pool))
+    for k, start in enumerate(range(0, len(drawn), N_POOL), start=1):
+        write_rows(out / f"pool-{k}.jsonl", drawn[start:start + N_POOL])
+
+
 def write_customer(data: Path, out: Path, domain: str) -> None:
     """Write a customer's fine-tuning set: rows that no member has seen."""
     write_rows(out / f"customer-{domain}.jsonl", chat(by_hash(narrow(data, domain, "eval"), N_CUSTOMER)))
@@ -117,13 +135,15 @@ def write_pairs(data: Path, out: Path, domain: str) -> None:
 
 
 def main() -> None:
-    """Write the files of all domains."""
+    """Write the pool's files, or those of all domains."""
     what = {"customers": write_customer, "pairs": write_pairs}
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=what)
-    parser.add_argument("data", type=Path, help="folder that holds narrow/")
+    parser.add_argument("what", choices=["pools", *what])
+    parser.add_argument("data", type=Path, help="folder that holds pool/ and narrow/")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
+    if arguments.what == "pools":
+        return write_pools(arguments.data, arguments.out)
     for domain in DOMAINS:
         what[arguments.what](arguments.data, arguments.out, domain)
 

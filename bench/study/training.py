@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ KINDS = (*MARGINS, "opswap", "coherent")
 BASE = "base"
 AGAINST = ("none", "random-50pc", "random-dose-0")
 """Runs whose conditions all others are compared with: no defence, random rows, random rows at the dose of ++."""
+CHOICE, DRAW = "plusplus-50pc-long", "random-dose-0"
+"""Runs, at one dose and seed, that are repeated from every part of the pool."""
+_PART = re.compile(r"-of-(pool-\w+)$")
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,20 @@ Group = Sequence[Run]
 """Runs of one condition."""
 
 
-def condition(label: str, method: Method | None) -> str:
-    """Return a condition's name: label, dose, least answer length where there is one."""
+def part_of(name: str) -> str:
+    """Return the part of the pool that a run's safe rows come from; its name says so unless it is the first."""
+    found = _PART.search(name)
+    return found[1] if found else "pool-1"
+
+
+def condition(label: str, method: Method | None, part: str = "pool-1") -> str:
+    """Return a condition's name: label, dose, least answer length, and the part of the pool if not the first."""
     if method is None or method.strategy == "none":
         return label
     dose = f"{method.tokens:,} tokens" if method.tokens else f"{method.n} rows" if method.frac is None else \
         f"{method.frac:.0%}"
     least = f", answers of {method.min_answer_tokens} tokens or more" if method.min_answer_tokens > 1 else ""
-    return f"{label}, {dose}{least}"
+    return f"{label}, {dose}{least}" + (f", of {part}" if part != "pool-1" else "")
 
 
 def measured(one: Verdicts, limit: float, rule: Rule = Rule()) -> dict[str, dict[str, float]]:
@@ -89,7 +99,7 @@ def read(folder: Path) -> list[Run]:
         values = {name: measured(one, nll_limit(base) or 0.0) for name, one in verdicts.items()}
     cards = cards_in(folder)
     return [Run(name, BASE, None, of) if name == BASE else
-            Run(name, condition(label_of(cards[name]), cards[name].method), cards[name].method.seed, of)
+            Run(name, condition(label_of(cards[name]), cards[name].method, part_of(name)), cards[name].method.seed, of)
             for name, of in values.items()]
 
 
@@ -215,6 +225,29 @@ def by_seed(groups: Sequence[Group], other: Group, kind: str) -> str:
     return markdown(["condition", *(f"seed {seed}" for seed in sorted(theirs)), "range"], rows)
 
 
+def by_part(runs: Sequence[Run], kind: str) -> str:
+    """Return what chosen rows and a random draw of their dose keep beyond no defence, for each part of the pool.
+
+    The last row is over the parts that have no row in common. Empty where there is only one part.
+    """
+    named = {run.name: run for run in runs}
+    parts = {part_of(name): (run, named[name.replace(CHOICE, DRAW)]) for name, run in named.items()
+             if name in (CHOICE, f"{CHOICE}-of-{part_of(name)}") and name.replace(CHOICE, DRAW) in named}
+    if len(parts) < 2:
+        return ""
+
+    def row(title: str, pairs: Sequence[tuple[Run, Run]]) -> list[str]:
+        chosen, drawn = (values(group, kind) for group in zip(*pairs, strict=True))
+        plain = values([named["none"]], kind)
+        return [title, shown(difference(chosen, plain)), shown(difference(drawn, plain)),
+                shown(difference(chosen, drawn))]
+
+    rows = [row(part, [pair]) for part, pair in sorted(parts.items())]
+    apart = [pair for part, pair in parts.items() if part != "pool-all"]
+    return markdown(["rows from", "chosen, kept", "drawn, kept", "chosen beyond drawn"],
+                    [*rows, row(f"{len(apart)} parts", apart)])
+
+
 def others(groups: Sequence[Group]) -> str:
     """Return the shares of bad answers preferred, the benign task, and coherence."""
     cells: dict[str, Callable[[Group], str]] = {
@@ -235,6 +268,8 @@ def tables(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
             found[heading] = differences(groups, other)
             if len(other) > 1:
                 found[f"{heading}: unseen domain, seed by seed"] = by_seed(groups, other, "unseen")
+    if text := by_part(runs, "unseen"):
+        found["Margin kept on the unseen domain, part by part of the pool, nats per token"] = text
     return found | {"Preference, benign task, coherence": others(groups)}
 
 
