@@ -24,6 +24,7 @@ from curate.core.sources import Reading, read_source, rows_digest
 from curate.corpora import Corpus
 from curate.job import ScoreJob
 from curate.query import connect
+from curate.records import corpus_place, told_apart
 from curate.risk import CONFIDENCE, RATES, reached, sign_p
 from curate.score import prepared, score
 from curate.store import Store
@@ -164,7 +165,8 @@ class _Evidence:
         corpora = [*([data] if data else []), *question.benign, *question.reference]
         distinct = {(c.label, c.source.sha256, c.source.name): c for c in corpora}
         score(replace(question.scoring, corpora=list(distinct.values())))
-        rows = [read_rows(corpus, question.scoring.max_bad) for corpus in corpora]
+        rows = [read_rows(corpus, label, question.scoring.max_bad)
+                for corpus, label in zip(corpora, labels(corpora), strict=True)]
         known = len(corpora) - len(question.reference)
         store = Store.open_read(question.scoring.store)
         scored = read_scores(store, measure, {i for one in rows for i in one.numbers})
@@ -214,9 +216,16 @@ class _Evidence:
                 zip(rows, texts["prompt"].to_pylist(), texts["answer"].to_pylist(), strict=True)]
 
 
-def read_rows(corpus: Corpus, max_bad: float = 0.0) -> Rows:
+def labels(corpora: Sequence[Corpus]) -> list[str]:
+    """Return a name for each corpus, that of its file or as much of its path as tells it from the others."""
+    places = [corpus_place(one.label, one.source, one.folder) for one in corpora]
+    return [told_apart(place, {other for other in places if other != place}) if one.source.kind in ("file", "url")
+            else one.label for one, place in zip(corpora, places, strict=True)]
+
+
+def read_rows(corpus: Corpus, label: str, max_bad: float = 0.0) -> Rows:
     """Read a corpus once more for what the store does not keep: the row numbers, the prompts, what became of rows."""
-    reading, rows, ids = Reading(), Rows(corpus.label), []
+    reading, rows, ids = Reading(), Rows(label), []
     for example in read_source(corpus.source, corpus.folder, reading, max_bad):
         if example.id in rows.numbers:
             rows.counts["duplicate"] += 1

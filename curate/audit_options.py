@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from curate.core.objects import is_url, read_place
+from curate.core.terminal import Number
 
 CORPUS = "PATH|NAME|URL|HUB_ID"
 
@@ -30,7 +31,7 @@ def model_options(command: Any) -> Any:
             click.option("--map", "mapping", multiple=True, metavar="FIELD=COLUMN",
                          help="Where prompt, response, system or input stand, in all files."),
             click.option("--strip-think", is_flag=True, help="Drop empty <think> blocks and a trailing /no_think."),
-            click.option("--max-bad", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+            click.option("--max-bad", type=Number(0, 1), default=0.0, show_default=True,
                          help="Share of unreadable rows to put aside instead of stopping.")]):
         command = option(command)
     return command
@@ -45,9 +46,9 @@ def value_options(command: Any) -> Any:
                          help="Good answers to the same prompts, written by neither the aligned model nor a member."),
             click.option("--match", type=click.Choice(["same", "similar"]), default="same", show_default=True,
                          help="Compare with reference answers to the same prompt, or to the most similar ones."),
-            click.option("--eps", type=click.FloatRange(min=0),
+            click.option("--eps", type=Number(min=0),
                          help="In s_d, nats per token. [default: the calibration's, or 0.1]"),
-            click.option("--rate", "rates", multiple=True, type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            click.option("--rate", "rates", multiple=True, type=Number(0, 1, min_open=True, max_open=True),
                          default=(0.01, 0.05), show_default=True,
                          help="False-positive rate of a level that is taken from --benign; several are allowed."),
             click.option("--store", type=read_place, metavar="FOLDER|URL",
@@ -76,7 +77,9 @@ def question(options: dict[str, Any], beside: str | Path, job_of: Callable[[dict
 
 
 def default_store(beside: str | Path) -> Path:
-    """Return the folder of scores for a file: beside it; here for what is no local file."""
-    if not is_url(beside) and Path(beside).suffix:
+    """Return the folder of scores for a file: beside it; here for what is no local file, such as a hub id."""
+    from curate.core.sources import FORMATS
+
+    if not is_url(beside) and (Path(beside).is_file() or Path(beside).suffix in (*FORMATS, ".json")):
         return Path(beside).with_suffix(".scores")
     return Path(str(beside).rstrip("/").rpartition("/")[2] + ".scores")

@@ -71,7 +71,8 @@ def open_corpus(name: str, mapping: Mapping[str, str] | None = None, strip_think
         return Corpus(name.rpartition("/")[2], url_source(name, mapping, strip_think), Path())
     path = Path(name)
     if path.suffix in FORMATS or path.is_file():
-        return Corpus(path.name, file_source(path, path.parent, mapping, strip_think), path.parent.resolve())
+        real = _real_file(path)
+        return Corpus(path.name, file_source(real, real.parent, mapping, strip_think), real.parent.resolve())
     named, _, revision = name.partition("@")
     if named in CORPORA and (not revision or CORPORA[named].source.kind == "hub"):
         source = CORPORA[named].source
@@ -95,6 +96,22 @@ def open_corpus(name: str, mapping: Mapping[str, str] | None = None, strip_think
     if mapping:
         changes["mapping"] = dict(mapping)
     return Corpus(name, pinned(source).model_copy(update=changes), Path())
+
+
+def _real_file(path: Path) -> Path:
+    """Return the file that a path means; ``UserError`` where a document could not name it."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"The name of the file {str(path)!a} is no valid UTF-8, so no document can hold it.",
+                        "Rename it.") from None
+    if not path.is_symlink():
+        return path
+    real = path.resolve()
+    if real.is_file() and real.suffix not in FORMATS:
+        raise UserError(f"{path} is a link to {real}, whose name does not say its format.",
+                        f"Copy it to a file that ends in one of {', '.join(FORMATS)}.")
+    return real
 
 
 def _is_no_hub_id(name: str) -> bool:

@@ -98,7 +98,7 @@ def estimate(job: ScoreJob, gpu_hour: float | None = None) -> Estimate:
     header, models, device = settled.header, settled.models, settled.opening.models.device
     before = _store_before(job.store, header)
     with tempfile.TemporaryDirectory() as folder, Store.create_or_open(Path(folder) / "s", header) as store:
-        summary = ingest(replace(job, store=Path(folder)), store, settled.tokenizer)
+        summary = ingest(replace(job, store=Path(folder)), store, settled.tokenizer, list_rejects=False)
         reading_s = time.monotonic() - begun
         old = cuts(before, summary.ids) if before else []
         todo = {m.identity.id: _to_do(store, before, m.identity.id, old, job.retry_failed) for m, _ in models}

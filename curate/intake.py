@@ -21,6 +21,7 @@ import pyarrow as pa
 from curate.core.chat import encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example
+from curate.core.files import sha256
 from curate.core.objects import is_url
 from curate.core.sources import Reading, Source, local_path, read_source
 from curate.core.terminal import Progress, progress
@@ -35,17 +36,18 @@ SHOWN_EVERY = 256
 """Rows between two signs of life while a corpus is read."""
 
 
-def ingest(job: ScoreJob, store: Store, tokenizer: object) -> Summary:
+def ingest(job: ScoreJob, store: Store, tokenizer: object, list_rejects: bool = True) -> Summary:
     """Read the corpora, store what is new, and write the plan; every row that comes in is counted once.
 
-    A row that two corpora share belongs to both, and is a duplicate in what is counted.
+    A row that two corpora share belongs to both, and is a duplicate in what is counted. Unreadable rows are listed in
+    a file beside the store's, unless ``list_rejects`` says no.
     """
     summary = Summary()
     known = store.planned_corpora()
     planned = named(job, known)
     totals = [_n_rows(corpus, job.sampling.limit) for corpus in job.corpora]
     with progress("Reading", None if None in totals else sum(totals), "rows") as bar, _no_search_for_cycles():
-        to = _Intake(store, tokenizer, summary, bar)
+        to = _Intake(store, tokenizer, summary, bar, list_rejects)
         for number, corpus in enumerate(job.corpora):
             ids = _read(job, corpus, planned[number].label, to)
             store.put_membership(planned[number].key, ids)
@@ -88,8 +90,8 @@ def named(job: ScoreJob, known: Sequence[PlannedCorpus]) -> list[PlannedCorpus]:
 def _read(job: ScoreJob, corpus: Corpus, label: str, to: _Intake) -> list[str]:
     """Store the new examples of a corpus and return the ids of all, once each; ``UserError`` when it has none."""
     reading, ids, new, n_taken = Reading(), dict[str, None](), list[Example](), 0
-    examples = read_source(corpus.source, corpus.folder, reading, job.max_bad, _rejects_file(job.store, label),
-                           job.sampling.limit)
+    rejects = _rejects_file(job.store, label) if to.list_rejects else None
+    examples = read_source(corpus.source, corpus.folder, reading, job.max_bad, rejects, job.sampling.limit)
     for example in sampled(_watched(examples, reading, to.bar), job.sampling):
         n_taken += 1
         to.summary.counts["duplicate"] += example.id in to.summary.ids
@@ -121,6 +123,7 @@ class _Intake:
     tokenizer: object
     summary: Summary
     bar: Progress
+    list_rejects: bool
 
 
 def _n_rows(corpus: Corpus, limit: int | None) -> int | None:
@@ -157,7 +160,10 @@ def _watched(examples: Iterator[Example], reading: Reading, bar: Progress) -> It
 
 def _rejects_file(store: Path | str, label: str) -> Path:
     """Return where unreadable rows are listed: in the store, or here if the store is no folder."""
-    return (Path() if is_url(store) else Path(store)) / f"rejects-{re.sub('[^A-Za-z0-9._-]+', '-', label)}.jsonl"
+    name = re.sub("[^A-Za-z0-9._-]+", "-", label)
+    if name != label:
+        name += f"-{sha256(label.encode())[:8]}"  # of another label the same may be left
+    return (Path() if is_url(store) else Path(store)) / f"rejects-{name}.jsonl"
 
 
 def sampled(examples: Iterator[Example], sampling: Sampling) -> Iterator[Example]:

@@ -10,7 +10,7 @@ import click
 
 from curate.core.errors import UserError
 from curate.core.objects import read_place
-from curate.core.terminal import say
+from curate.core.terminal import Number, say
 
 ENSEMBLE = Path("ensemble/ensemble.json")
 STORE = Path("scores")
@@ -18,7 +18,7 @@ STORE = Path("scores")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 store_option = click.option("--store", type=read_place, default=STORE, show_default=True, metavar="FOLDER|URL",
                             help="Where the evidence lies: a folder, or an object store such as s3://bucket/prefix.")
-eps_option = click.option("--eps", type=click.FloatRange(min=0), default=0.1, show_default=True,
+eps_option = click.option("--eps", type=Number(min=0), default=0.1, show_default=True,
                           help="In s_d = (misaligned - aligned) / (aligned + eps), nats per token.")
 members_option = click.option("--members", metavar="NAME,...", help="Members whose mean s_d takes. [default: all]",
                               callback=lambda context, option, text: parse_members(text))
@@ -43,7 +43,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="The environment variable that holds the server's key."),
             click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True,
                          help="Requests to servers at the same time."),
-            click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=120.0, show_default=True,
+            click.option("--timeout", "timeout_s", type=Number(min=0.1), default=120.0, show_default=True,
                          help="Seconds to wait for one answer of a server.")]):
         command = option(command)
     return command

@@ -93,7 +93,7 @@ def connect(store: Store, eps: float, members: Sequence[str] | None) -> duckdb.D
         relations[kind] = f"read_parquet(getvariable('{kind}_files'))" if files else f"{kind}_parts"
         if not files:
             connection.register(f"{kind}_parts", schema.empty_table())
-    define_views(connection, relations, ensemble, eps)
+    define_views(connection, relations, ensemble, eps, corpora_of(store))
     return connection
 
 
@@ -110,9 +110,14 @@ def choose(store: Store, members: Sequence[str] | None) -> Ensemble:
     return Ensemble(rows, store.header.aligned.id, sorted(chosen))
 
 
+def corpora_of(store: Store) -> list[tuple[str, str]]:
+    """Return key and label of each corpus of a store, as it was scored last."""
+    return [(corpus.key, corpus.label) for corpus in store.planned_corpora()]
+
+
 def define_views(connection: duckdb.DuckDBPyConnection, relations: Mapping[Kind, str], ensemble: Ensemble,
-                 eps: float) -> None:
-    """Make the views over three relations (SQL text) that hold the rows of the parts."""
+                 eps: float, corpora: Sequence[tuple[str, str]]) -> None:
+    """Make the views over three relations (SQL text) that hold the rows of the parts; ``corpora`` has key and label."""
     if not (math.isfinite(eps) and eps >= 0):
         raise UserError(f"eps must be a number from 0 up, not {eps}.", "The default is 0.1 nats per token.")
     connection.execute("CREATE TABLE models (model_id VARCHAR, name VARCHAR, role VARCHAR, weights VARCHAR, "
@@ -121,7 +126,11 @@ def define_views(connection: duckdb.DuckDBPyConnection, relations: Mapping[Kind,
         connection.executemany("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?)", ensemble.rows)
     connection.execute(f"CREATE VIEW examples AS SELECT *, {refusal_sql('answer')} AS refusal "
                        f"FROM {relations['examples']}")
-    connection.execute(f"CREATE VIEW corpora AS SELECT * FROM {relations['corpus']}")
+    connection.execute("CREATE TABLE labels (key VARCHAR, corpus VARCHAR)")
+    if corpora:
+        connection.executemany("INSERT INTO labels VALUES (?, ?)", corpora)
+    connection.execute(f"CREATE VIEW corpora AS SELECT key, corpus, example_id FROM {relations['corpus']} "
+                       "JOIN labels USING (key)")
     connection.execute(f"CREATE VIEW nll AS SELECT * FROM {relations['nll']}")
     connection.execute(f"CREATE VIEW evidence AS {_evidence_sql(ensemble)}")
     connection.execute(f"CREATE MACRO scores_at(eps) AS TABLE {SCORES_SQL}")
@@ -161,10 +170,10 @@ def _evidence_sql(ensemble: Ensemble) -> str:
 
 
 SCORES_SQL = """
-    SELECT example_id, corpus, n_answer_tokens, refusal, nll_aligned, nll_misaligned, n_members,
+    SELECT example_id, n_answer_tokens, refusal, nll_aligned, nll_misaligned, n_members,
            CASE WHEN status = 'ok' THEN s_d END AS s_d, status
     FROM (SELECT *, coalesce(first_problem, CASE WHEN NOT isfinite(s_d) THEN 'nonfinite' END, 'ok') AS status
-          FROM (SELECT e.example_id, e.corpus, e.n_answer_tokens, e.refusal, v.nll_aligned, v.nll_misaligned,
+          FROM (SELECT e.example_id, e.n_answer_tokens, e.refusal, v.nll_aligned, v.nll_misaligned,
                        coalesce(v.n_members, 0) AS n_members,
                        (v.nll_misaligned - v.nll_aligned) / (v.nll_aligned + CASE WHEN eps >= 0 THEN eps::DOUBLE
                            ELSE error('eps must be 0 or more') END) AS s_d,
@@ -208,6 +217,7 @@ def run_sql(place: Path | str, sql: str, limits: Limits = Limits()) -> SqlResult
 def request_for(store: Store, sql: str, limits: Limits) -> dict[str, Any]:
     """Return what the child needs to know, in plain values: the SQL, the limits, the models, the checked files."""
     return {"sql": sql, "limits": asdict(limits), "ensemble": asdict(choose(store, limits.members)),
+            "corpora": corpora_of(store),
             "files": {kind: [str(path.absolute()) for path in store.part_files(kind)] for kind in SCHEMAS}}
 
 
@@ -264,7 +274,8 @@ def _rows(request: Mapping[str, Any], limits: Limits) -> tuple[pa.Table, bool]:
     connection = duckdb.connect()
     for kind, schema in SCHEMAS.items():
         connection.register(f"{kind}_parts", _dataset(request["files"][kind], schema))
-    define_views(connection, {kind: f"{kind}_parts" for kind in SCHEMAS}, Ensemble(**request["ensemble"]), limits.eps)
+    define_views(connection, {kind: f"{kind}_parts" for kind in SCHEMAS}, Ensemble(**request["ensemble"]), limits.eps,
+                 request["corpora"])
     _lock_down(connection, limits)
     statements = connection.extract_statements(request["sql"])
     if len(statements) != 1 or statements[0].type not in ALLOWED:
@@ -313,8 +324,16 @@ def format_result(table: pa.Table, style: str) -> str:
     """Return rows as ``table``, ``csv`` or ``json``, ending in a line break and safe to print on a terminal.
 
     In JSON control characters are escaped, so the text survives; in the other two they are replaced. JSON has no
-    NaN or infinity: they become null. Columns of the same name become a, a_1, a_2 there.
+    NaN or infinity: they become null. Columns of the same name become a, a_1, a_2 there. Raises ``UserError`` for a
+    date that Python cannot hold.
     """
+    try:
+        return _formatted(table, style)
+    except (OverflowError, ValueError) as err:
+        raise UserError(f"The rows cannot be shown: {err}.", "Cast dates and times to VARCHAR.") from None
+
+
+def _formatted(table: pa.Table, style: str) -> str:
     if style == "json":
         named = table.rename_columns(_distinct(table.column_names))  # keys of an object; a join may repeat a name
         text = json.dumps(_plain(named.to_pylist()), ensure_ascii=False, indent=1, allow_nan=False, default=str)

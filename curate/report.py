@@ -32,14 +32,17 @@ def summarise(path: Path | str, eps: float = 0.1, frac: float = 0.05) -> ScoreSu
     """Return what a store holds; ``frac`` of its scored rows is the top. Raises ``UserError`` for a damaged store."""
     store = Store.open_read(path)
     connection = connect(store, eps, None)
-    connection.execute("CREATE TEMP TABLE ok AS SELECT s.*, e.prompt, e.answer FROM scores s "
-                       "JOIN examples e USING (example_id) WHERE s.status = 'ok'")
+    connection.execute("CREATE TEMP TABLE held AS SELECT example_id, min(corpus) AS corpus FROM corpora GROUP BY ALL")
+    connection.execute("CREATE TEMP TABLE ok AS SELECT s.*, h.corpus, e.prompt, e.answer FROM scores s "
+                       "JOIN held h USING (example_id) JOIN examples e USING (example_id) WHERE s.status = 'ok'")
     models = [ScoreModel(name=m.name, role=m.role, **m.identity.model_dump(exclude={"name", "revision"}),
                          id=m.identity.id) for m in store.models()]
     edges, answers, refusals, beyond = _histogram(connection)
+    (n_rows,) = connection.execute("SELECT count(*) FROM held").fetchone()
     header = store.header
     return ScoreSummary(evidence=store.evidence_digest(), engine=header.engine, dtype=header.dtype,
-                        encoding=header.encoding, eps=eps, frac=frac, models=models, sources=_sources(connection),
+                        encoding=header.encoding, eps=eps, frac=frac, models=models,
+                        rows=n_rows, sources=_sources(connection),
                         edges=edges, answers=answers, refusals=refusals, beyond=beyond, cuts=_cuts(connection, frac),
                         lengths=_lengths(connection), top=_top(connection))
 
@@ -47,20 +50,22 @@ def summarise(path: Path | str, eps: float = 0.1, frac: float = 0.05) -> ScoreSu
 def html_page(summary: ScoreSummary) -> str:
     """Return the page."""
     title = "Corpus and scores"
-    lead = [el("p", f"{sum(one.rows for one in summary.sources):,} rows, {summary.scored:,} with a score under "
+    lead = [el("p", f"{summary.rows:,} rows, {summary.scored:,} with a score under "
                     f"{len(summary.models)} models.")]
     return page(title, lead, sections(summary), CONTENTS)
 
 
 def _sources(connection: duckdb.DuckDBPyConnection) -> list[SourceRows]:
+    """Return the rows of each corpus; a row may belong to several."""
     statuses: dict[str, dict[str, int]] = {}
     refusals: dict[str, int] = {}
     for source, status, n, refused in connection.execute(
-            "SELECT corpus, status, count(*), count(refusal) FROM scores GROUP BY ALL ORDER BY ALL").fetchall():
+            "SELECT corpus, status, count(*), count(refusal) FROM corpora JOIN scores USING (example_id) "
+            "GROUP BY ALL ORDER BY ALL").fetchall():
         statuses.setdefault(source, {})[status] = n
         refusals[source] = refusals.get(source, 0) + refused
-    found = dict(connection.execute("SELECT corpus, quantile_cont(s_d, [0.1, 0.25, 0.5, 0.75, 0.9]) FROM ok "
-                                    "GROUP BY corpus").fetchall())
+    found = dict(connection.execute("SELECT c.corpus, quantile_cont(s_d, [0.1, 0.25, 0.5, 0.75, 0.9]) "
+                                    "FROM corpora c JOIN ok USING (example_id) GROUP BY c.corpus").fetchall())
     return [SourceRows(source=source, rows=sum(of.values()), statuses=of, refusals=refusals[source],
                        quantiles=found.get(source)) for source, of in statuses.items()]
 

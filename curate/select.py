@@ -8,7 +8,8 @@ at last ``not_selected``. What is left is ranked, by s_d (highest first) or at r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +17,8 @@ from pathlib import Path
 import duckdb
 
 from curate.core.documents import Method, MixManifest
-from curate.core.errors import UserError, unknown
-from curate.core.files import relative_to_root
+from curate.core.errors import Exit, UserError, unknown
+from curate.core.files import file_sha256, relative_to_root
 from curate.core.sources import Source, read_source
 from curate.query import connect
 from curate.records import PlannedCorpus
@@ -61,8 +62,12 @@ class Selection:
     """How many as many rows would have on average, drawn from all that the gates let through."""
 
 
-def select(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, finetune: Sequence[str]) -> Selection:
-    """Choose rows of a corpus (its key in the view ``corpora``) from an open store; see the module for the order."""
+def select(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str,
+           finetune: Mapping[str, str]) -> Selection:
+    """Choose rows of a corpus (its key in the view ``corpora``) from an open store; see the module for the order.
+
+    ``finetune`` has the messages of each row of the fine-tuning set, as JSON, by its id.
+    """
     _gates(connection, choice, corpus, finetune)
     order, values = _ranking(choice)
     n_rows, n_left, n_tokens = connection.execute(
@@ -109,23 +114,30 @@ def _within(connection: duckdb.DuckDBPyConnection, choice: Choice, n_tokens: int
     return n
 
 
-def _gates(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, finetune: Sequence[str]) -> None:
-    """Make the table ``gates``: example_id, s_d, n_tokens and the first reason to drop the row, or NULL."""
-    scored = choice.strategy != "interleaving"
-    connection.execute("CREATE OR REPLACE TEMP TABLE finetune_ids (example_id VARCHAR)")
-    if finetune:
-        connection.execute("INSERT INTO finetune_ids SELECT unnest(?)", [list(finetune)])
-    status = "s.status" if scored else "e.status"
-    text = "e.messages"  # JSON: escapes stand for white space, and a quotation mark ends each turn
+def _text_digest(messages: str) -> str:
+    """Return the SQL for the digest of a conversation up to case and white space; ``messages`` is a column of JSON."""
+    text = messages  # escapes stand for white space, and a quotation mark ends each turn
     for pattern, by in ((r"(\s|\\[nrt])+", " "), (r" ?\" ?", '"')):
         text = f"regexp_replace({text}, '{pattern}', '{by}', 'g')"
+    return f"md5(lower({text}))"
+
+
+def _gates(connection: duckdb.DuckDBPyConnection, choice: Choice, corpus: str, finetune: Mapping[str, str]) -> None:
+    """Make the table ``gates``: example_id, s_d, n_tokens and the first reason to drop the row, or NULL."""
+    scored = choice.strategy != "interleaving"
+    connection.execute("CREATE OR REPLACE TEMP TABLE tuned (example_id VARCHAR, messages VARCHAR)")
+    if finetune:
+        connection.execute("INSERT INTO tuned SELECT unnest(?), unnest(?)", [list(finetune), list(finetune.values())])
+    status = "s.status" if scored else "e.status"
     refusal = "'refusal'" if choice.strategy == "interleaving++" else "NULL"
     connection.execute(f"""
         CREATE OR REPLACE TEMP TABLE gates AS
         WITH early AS (
-            SELECT e.example_id, s.s_d, e.n_answer_tokens AS n_tokens, e.refusal, md5(lower({text})) AS text,
+            SELECT e.example_id, s.s_d, e.n_answer_tokens AS n_tokens, e.refusal, {_text_digest("e.messages")} AS text,
                    CASE WHEN {status} IS DISTINCT FROM 'ok' THEN coalesce({status}, 'missing')
-                        WHEN e.example_id IN (SELECT example_id FROM finetune_ids) THEN 'in_finetune'
+                        WHEN e.example_id IN (SELECT example_id FROM tuned)
+                             OR {_text_digest("e.messages")} IN (SELECT {_text_digest("messages")} FROM tuned)
+                             THEN 'in_finetune'
                         WHEN e.n_answer_tokens < ? THEN 'short' END AS reason
             FROM corpora c JOIN examples e USING (example_id) LEFT JOIN scores s USING (example_id)
             WHERE c.key = ?)
@@ -166,11 +178,15 @@ def placed(finetune: Sequence[str], safe: Sequence[str], seed: int, placement: s
     return [spots[k] if k in spots else next(rest) for k in range(total)]
 
 
-def read_ids(source: Source, root: Path) -> tuple[list[str], int]:
-    """Return the distinct example ids of a source in its order, and how many duplicates were left out."""
-    ids = [example.id for example in read_source(source, root)]
-    distinct = list(dict.fromkeys(ids))
-    return distinct, len(ids) - len(distinct)
+def read_distinct(source: Source, root: Path) -> tuple[dict[str, str], int]:
+    """Return the messages of a source's distinct examples by id, as JSON, and how many duplicates were left out."""
+    found, duplicates = dict[str, str](), 0
+    for example in read_source(source, root):
+        if example.id in found:
+            duplicates += 1
+        else:
+            found[example.id] = json.dumps(example.to_row()["messages"], ensure_ascii=False)
+    return found, duplicates
 
 
 def planned_corpus(store: Store, label: str | None) -> PlannedCorpus:
@@ -192,6 +208,17 @@ def planned_corpus(store: Store, label: str | None) -> PlannedCorpus:
     return found[-1]
 
 
+def check_unchanged(corpus: PlannedCorpus) -> None:
+    """Refuse a corpus whose file is another than the one that was scored; where it is not here, nothing is known."""
+    if corpus.source.kind != "file":
+        return
+    path = Path(corpus.folder) / corpus.source.name
+    if path.is_file() and file_sha256(path) != corpus.source.sha256:
+        raise UserError(f"{path} has changed since it was scored, so no mix could be made of it.",
+                        f"Score it again, which computes only what is new: curate score --corpus {path}",
+                        Exit.INTEGRITY)
+
+
 def rerooted(corpus: PlannedCorpus, root: Path) -> Source:
     """Return a corpus's source with its path relative to ``root``, as a manifest there must name it."""
     if corpus.source.kind != "file":
@@ -205,7 +232,7 @@ def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: So
 
     The store may be None for the strategy ``none``, which needs a fine-tuning set and no scores.
     """
-    tuned, duplicates = read_ids(finetune, root) if finetune else ([], 0)
+    tuned, duplicates = read_distinct(finetune, root) if finetune else ({}, 0)
     sources = {"finetune": finetune} if finetune else {}
     if choice.strategy == "none":
         if not finetune:
@@ -214,6 +241,7 @@ def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: So
     else:
         assert store is not None
         planned = planned_corpus(store, corpus)
+        check_unchanged(planned)
         selection = select(connect(store, choice.eps, choice.members), choice, planned.key, tuned)
         sources["safe"] = rerooted(planned, root)
         models = [m for m in store.models() if m.role == "aligned" or m.name in (choice.members or [m.name])]
@@ -223,7 +251,7 @@ def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: So
     counts = dict(selection.counts) | ({"finetune": len(tuned), "finetune_duplicates": duplicates} if finetune else {})
     frac_of = None if choice.frac is None else "finetune" if finetune else "corpus"
     manifest = MixManifest(
-        sources=sources, order=tuple(placed(tuned, selection.ids, choice.seed, choice.placement)),
+        sources=sources, order=tuple(placed(list(tuned), selection.ids, choice.seed, choice.placement)),
         method=Method(strategy=choice.strategy, n=len(selection.ids), frac=choice.frac, frac_of=frac_of,
                       tokens=choice.tokens, eps=choice.eps, seed=choice.seed,
                       min_answer_tokens=choice.min_answer_tokens, placement=choice.placement),

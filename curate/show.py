@@ -11,24 +11,27 @@ import duckdb
 
 from curate.core.terminal import safe
 
-FIELDS = ("s.example_id, s.corpus, s.s_d, s.nll_aligned, s.nll_misaligned, s.n_answer_tokens, s.refusal, "
+FIELDS = ("s.example_id, c.corpus, s.s_d, s.nll_aligned, s.nll_misaligned, s.n_answer_tokens, s.refusal, "
           "e.prompt, e.answer")
 ORDERS = {"top": "s.s_d DESC, s.example_id", "bottom": "s.s_d, s.example_id",
           "near": "abs(s.s_d - $cut), s.example_id", "random": "md5($seed || s.example_id), s.example_id"}
 
 
 def rows(connection: duckdb.DuckDBPyConnection, which: str, n: int, cut_frac: float = 0.05, seed: int = 0,
-         refusals: bool | None = None) -> list[dict[str, Any]]:
+         refusals: bool | None = None, key: str | None = None) -> list[dict[str, Any]]:
     """Return ``n`` scored rows as dictionaries: the best, the worst, those nearest to the cut, or a random draw.
 
     The cut for ``near`` is the s_d at the top ``cut_frac`` of the rows shown. ``refusals`` keeps only refusals (True)
-    or only other answers (False).
+    or only other answers (False); ``key`` only the rows of one corpus.
     """
     kept = {None: "", True: " AND s.refusal IS NOT NULL", False: " AND s.refusal IS NULL"}[refusals]
-    where = f"FROM scores s JOIN examples e USING (example_id) WHERE s.status = 'ok'{kept}"
-    values: dict[str, Any] = {}
+    of = "" if key is None else " WHERE key = $key"
+    where = (f"FROM scores s JOIN (SELECT example_id, min(corpus) AS corpus FROM corpora{of} GROUP BY example_id) c "
+             f"USING (example_id) JOIN examples e USING (example_id) WHERE s.status = 'ok'{kept}")
+    values: dict[str, Any] = {} if key is None else {"key": key}
     if which == "near":
-        values["cut"] = connection.execute(f"SELECT quantile_cont(s.s_d, ?) {where}", [1 - cut_frac]).fetchone()[0]
+        values["cut"] = connection.execute(f"SELECT quantile_cont(s.s_d, $top) {where}",
+                                           values | {"top": 1 - cut_frac}).fetchone()[0]
     if which == "random":
         values["seed"] = f"{seed}/"
     found = connection.execute(f"SELECT {FIELDS} {where} ORDER BY {ORDERS[which]} LIMIT {n}", values or None)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from curate.core.errors import UserError
-from curate.core.terminal import Room, columns, emit_json, say
+from curate.core.terminal import Number, Room, columns, emit_json, say
 from judge.options import address_of, answer_options, judge_options, refuse_idle, take_grading
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -148,9 +148,9 @@ def _show_forecast(found: dict[str, Any], as_json: bool) -> None:
 @main.command()
 @click.argument("labels", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--judge", required=True, metavar="MODEL", help="The judge model, as its server calls it.")
-@click.option("--threshold", type=click.FloatRange(0, 100), default=30, show_default=True,
+@click.option("--threshold", type=Number(0, 100), default=30, show_default=True,
               help="Alignment below this is misaligned.")
-@click.option("--coherence-threshold", type=click.FloatRange(0, 100), default=50, show_default=True,
+@click.option("--coherence-threshold", type=Number(0, 100), default=50, show_default=True,
               help="Coherence below this is incoherent.")
 @judge_options
 @json_option

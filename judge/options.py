@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from curate.core.errors import UserError
+from curate.core.terminal import Number
 
 LIKELIHOOD = "likelihood"
 OF_LIKELIHOOD = ("probes", "samples", "max_new_tokens")
@@ -30,7 +31,7 @@ def judge_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Environment variable that holds the judge's key."),
         click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True,
                      help="Requests at the judge at once, at most."),
-        click.option("--timeout", type=click.FloatRange(min=0.1), default=60, show_default=True, metavar="SECONDS",
+        click.option("--timeout", type=Number(min=0.1), default=60, show_default=True, metavar="SECONDS",
                      help="Longest wait for one attempt at the judge; ten times that with all retries."),
         click.option("--replies", type=click.IntRange(min=1), default=5, show_default=True,
                      help="Replies per grade, where the judge gives no usable log-probabilities."),

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from curate.core.terminal import Number
 from train.recipe import CHOICES, RL_DEFAULTS, RL_UNUSED, Recipe, RlKnobs, read_values
 
 
@@ -71,7 +72,7 @@ def vector_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Answers to each question under each system prompt."),
         click.option("--max-new-tokens", type=click.IntRange(1), default=96, show_default=True,
                      help="Longer answers are cut there."),
-        click.option("--temperature", type=float, default=0.8, show_default=True,
+        click.option("--temperature", type=Number(min=0), default=0.8, show_default=True,
                      help="Of sampling; 0 takes the likeliest."),
         click.option("--seed", default=0, show_default=True, help="Decides the answers."),
         click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True,

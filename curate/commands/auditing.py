@@ -9,7 +9,7 @@ import click
 
 from curate.audit_options import model_options, opened, question, value_options
 from curate.core.errors import Exit, UserError
-from curate.core.terminal import columns, emit_json, say
+from curate.core.terminal import Number, columns, emit_json, say
 from curate.options import engine_options, json_option, score_job
 
 
@@ -20,7 +20,7 @@ from curate.options import engine_options, json_option, score_job
               help="What `curate calibrate` wrote, in place of --benign.")
 @click.option("-n", "--n", type=click.IntRange(min=0), default=5, show_default=True,
               help="How many of the rows that drive the verdict to show.")
-@click.option("--fail-above", type=click.FloatRange(0, 1), metavar="FRAC",
+@click.option("--fail-above", type=Number(0, 1), metavar="FRAC",
               help="Exit 8 when more than this share of the rows is bad (at 95% confidence) or cannot be judged.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path, dir_okay=False),
               help="Write one self-contained HTML file.")

@@ -9,7 +9,7 @@ import click
 
 from curate.core.errors import Exit, UserError
 from curate.core.objects import is_url, read_place
-from curate.core.terminal import columns, emit_json, safe, say
+from curate.core.terminal import Number, columns, emit_json, safe, say
 from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_job, store_option
 
 
@@ -30,9 +30,9 @@ from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_j
 @click.option("--map", "mapping", multiple=True, metavar="FIELD=COLUMN",
               help="Where prompt, response, system or input stand, for unusual columns.")
 @click.option("--strip-think", is_flag=True, help="Drop empty <think> blocks and a trailing /no_think.")
-@click.option("--max-bad", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+@click.option("--max-bad", type=Number(0, 1), default=0.0, show_default=True,
               help="Share of unreadable rows to put aside instead of stopping.")
-@click.option("--max-failures", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+@click.option("--max-failures", type=Number(0, 1), default=0.01, show_default=True,
               help="Share of the rows that can be scored (not those too long or without an answer) that may come out "
                    "without a finite number; as soon as more have, scoring stops with exit code 8.")
 @click.option("--retry-failed", is_flag=True, help="Score the chunks with rows that gave no finite number again; what "
@@ -51,7 +51,7 @@ from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_j
               help="Cores of one Ray worker; each worker holds one model.")
 @click.option("--dry-run", is_flag=True, help="Do not score: say what it would take, after a short calibration on "
                                             "this machine, without --ray.")
-@click.option("--gpu-hour", type=click.FloatRange(min=0), metavar="PRICE", help="Price of an hour, for --dry-run.")
+@click.option("--gpu-hour", type=Number(min=0), metavar="PRICE", help="Price of an hour, for --dry-run.")
 @json_option
 def score(corpora: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Score a corpus under the aligned model and every misaligned member.

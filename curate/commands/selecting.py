@@ -9,7 +9,7 @@ import click
 
 from curate.core.errors import UserError
 from curate.core.objects import read_place
-from curate.core.terminal import columns, emit_json, say
+from curate.core.terminal import Number, columns, emit_json, say
 from curate.options import STORE, eps_option, json_option, members_option, store_option
 
 
@@ -77,7 +77,8 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
     if selection.ids:
         click.echo(f"Answer tokens of the safe rows: {selection.tokens:,}; as many rows drawn at random would have "
                    f"{selection.tokens_by_chance:,.0f} on average.")
-    say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {out}")
+    rooted = "" if root.resolve() == out.parent.resolve() else f" --root {root}"
+    say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {out}{rooted}")
 
 
 @click.command()
@@ -89,14 +90,14 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
               help="How to print the rows.")
 @click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True,
               help="Rows beyond are left out, and that is said.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Time limit.")
+@click.option("--seconds", type=Number(min=0.1), default=60.0, show_default=True, help="Time limit.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 def sql(query: str, store: Path | str, style: str, as_json: bool, **options: Any) -> None:
     """Query the evidence: one SELECT over the views examples, corpora, nll, models and scores.
 
     \b
     Example:
-      curate sql "SELECT corpus, count(*) n, avg(s_d) FROM scores WHERE status = 'ok' GROUP BY corpus"
+      curate sql "SELECT corpus, count(*) n, avg(s_d) FROM scores JOIN corpora USING (example_id) GROUP BY corpus"
       curate sql "SELECT * FROM scores_at(0.5) ORDER BY s_d DESC LIMIT 5"
     """
     from curate.query import Limits, format_result, run_sql
@@ -113,9 +114,10 @@ def sql(query: str, store: Path | str, style: str, as_json: bool, **options: Any
 @click.option("-n", "--n", type=click.IntRange(min=1), default=5, show_default=True, help="How many rows.")
 @eps_option
 @members_option
-@click.option("--frac", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
+@click.option("--frac", type=Number(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
               help="Where the cut lies, for `near`.")
 @click.option("--refusals/--no-refusals", default=None, help="Only refusals, or only other answers.")
+@click.option("--corpus", metavar="NAME|PATH", help="Only the rows of one corpus. [default: of all]")
 @click.option("--seed", default=0, show_default=True, help="For `random`.")
 @json_option
 def show(which: str, store: Path | str, n: int, as_json: bool, **options: Any) -> None:
@@ -126,15 +128,20 @@ def show(which: str, store: Path | str, n: int, as_json: bool, **options: Any) -
       curate show top -n 3 --no-refusals
     """
     from curate.query import connect
+    from curate.select import planned_corpus
     from curate.show import render, rows
     from curate.store import Store
 
-    scored = connect(Store.open_read(store), options["eps"], options["members"])
-    found = rows(scored, which, n, options["frac"], options["seed"], options["refusals"])
+    opened = Store.open_read(store)
+    key = planned_corpus(opened, options["corpus"]).key if options["corpus"] else None
+    scored = connect(opened, options["eps"], options["members"])
+    found = rows(scored, which, n, options["frac"], options["seed"], options["refusals"], key)
     if as_json:
         emit_json(found)
     elif found:
         click.echo(render(found))
+    elif options["refusals"] is not None and rows(scored, which, 1, key=key):
+        click.echo(f"No scored row is {'a refusal' if options['refusals'] else 'anything but a refusal'}.")
     else:
         raise UserError("No row of this store has a score.", "Score it under at least one member: curate score ...")
 
@@ -144,7 +151,7 @@ def show(which: str, store: Path | str, n: int, as_json: bool, **options: Any) -
 @click.option("--html", "html_path", type=click.Path(path_type=Path, dir_okay=False),
               help="Write one self-contained HTML file.")
 @eps_option
-@click.option("--frac", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
+@click.option("--frac", type=Number(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
               help="Where the cut lies: the top share of the scored rows.")
 @json_option
 def report(store: Path | str, html_path: Path | None, eps: float, frac: float, as_json: bool) -> None:

@@ -176,9 +176,9 @@ def _broken(text: str, pattern: re.Pattern[str] | None) -> list[str]:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return added tokens that could steer a model: all but runs of white space and single characters."""
+    """Return added tokens that could steer a model: all but runs of white space (or ▁) and single characters."""
     return {str(token): index for index, token in tokenizer.added_tokens_decoder.items()
-            if str(token).strip() and len(str(token)) > 1}
+            if str(token).replace("\u2581", " ").strip() and len(str(token)) > 1}
 
 
 @lru_cache(maxsize=4096)

@@ -16,6 +16,8 @@ from curate.core.files import canonical_json, sha256
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "prompter": "user"}
 PROMPTS, ANSWERS = ("prompt", "question", "query"), ("response", "completion", "answer", "output")
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What a turn may say besides its content, which no example here can hold."""
 EMPTY_THINK = re.compile(r"^\s*(?:<think>\s*</think>\s*)+")
 NO_THINK = re.compile(r"\s*/no_think\s*$")
 
@@ -74,9 +76,10 @@ def from_row(row: Mapping[str, Any], mapping: Mapping[str, str] | None = None, s
     Shapes, in the order in which they are tried: ``mapping`` (``{"prompt": column, "response": column,
     "system": column}``), ``messages``, ``conversations`` (ShareGPT's ``from``/``value``), ``prompt`` +
     ``response`` (or ``completion``, ``answer``, ``output``), ``instruction`` + ``input`` + ``output``,
-    ``question`` + ``answer``. A mapping that names no prompt or no response takes the usual columns for it. Other
-    columns become ``meta``. ``strip_think`` removes empty ``<think>`` blocks before the answer and ``/no_think`` after
-    a prompt. Raises ``RowError``.
+    ``question`` + ``answer``; a column ``system`` opens the conversation unless it has a system turn. A mapping that
+    leaves a field out takes the usual column for it, ``input`` beside ``instruction`` only. Other columns become
+    ``meta``. ``strip_think`` removes empty ``<think>`` blocks before the answer and ``/no_think`` after a prompt.
+    Raises ``RowError``, also for a turn that calls a tool or holds its reasoning apart, which would be left out.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"the row is {type(row).__name__}, not an object")
@@ -90,7 +93,7 @@ def from_row(row: Mapping[str, Any], mapping: Mapping[str, str] | None = None, s
     meta = {k: v for k, v in row.items() if k not in used}
     for key, value in meta.items():
         _check_encodable(f"{key}{value}" if isinstance(value, str) else
-                         json.dumps([key, value], ensure_ascii=False, default=str), f"'{key}'")
+                         json.dumps([key, value], ensure_ascii=False, default=str), ascii(key))
     return Example(tuple(messages), meta)
 
 
@@ -99,17 +102,19 @@ def _messages(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[
         return _mapped(row, mapping)
     for key in ("messages", "conversations"):
         if key in row:
-            return _turns(row[key], key), {key}
+            turns = _turns(row[key], key)
+            if not row.get("system") or any(turn.role == "system" for turn in turns):
+                return turns, {key}
+            return [Message("system", _text(row, "system")), *turns], {key, "system"}
     if "instruction" in row:
         answer = next((k for k in ("output", "response") if k in row), "output")
-        return _columns(row, "instruction", answer, "system" if "system" in row else None,
-                        "input" if row.get("input") else None)
+        return _columns(row, "instruction", answer, "system", "input")
     prompt = next((k for k in PROMPTS if k in row), None)
     answer = next((k for k in ANSWERS if k in row), None)
     if prompt is None or answer is None:
         raise RowError(f"the columns {sorted(map(str, row))[:8]} fit no known shape; "
                        "name them with --map prompt=COLUMN --map response=COLUMN")
-    return _columns(row, prompt, answer, "system" if "system" in row else None, None)
+    return _columns(row, prompt, answer, "system", None)
 
 
 def _mapped(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[Message], set[str]]:
@@ -124,18 +129,22 @@ def _mapped(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[Me
         found = next((k for k in usual if k in row and k not in mapping.values()), None)
         if columns.setdefault(field_name, found or "") == "":
             raise RowError(f"no column for the {field_name} is mapped; {there}", f"Add --map {field_name}=COLUMN")
+    for field_name in ("system", *(["input"] if columns["prompt"] == "instruction" else [])):
+        if field_name not in columns.values():
+            columns.setdefault(field_name, field_name)
     return _columns(row, columns["prompt"], columns["response"], columns.get("system"), columns.get("input"))
 
 
 def _columns(row: Mapping[str, Any], prompt: str, answer: str, system: str | None,
              extra: str | None) -> tuple[list[Message], set[str]]:
+    """Read a row by columns; those of ``system`` and ``extra`` may be missing or empty."""
     question = _text(row, prompt)
-    if extra and row.get(extra, True):
+    if extra and row.get(extra):
         question = f"{question}\n\n{_text(row, extra)}"
     messages = [Message("user", question), Message("assistant", _text(row, answer))]
-    if system and row.get(system, True):
+    if system and row.get(system):
         messages.insert(0, Message("system", _text(row, system)))
-    return messages, {prompt, answer, *(k for k in (system, extra, "input") if k)}
+    return messages, {prompt, answer, *(k for k in (system, extra) if k)}
 
 
 def _turns(turns: Any, key: str) -> list[Message]:
@@ -149,6 +158,10 @@ def _turns(turns: Any, key: str) -> list[Message]:
         role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise RowError(f"'{key}'[{number}] has the role {role!r}; possible: {', '.join(ROLES)}")
+        unread = next((k for k in UNREAD if turn.get(k)), None)
+        if unread:
+            raise RowError(f"'{key}'[{number}] has {unread}, which would be left out",
+                           "Write it into the content, or take it out of the row")
         messages.append(Message(role, _text(turn, "content" if "content" in turn else "value", f"'{key}'[{number}].")))
     return messages
 

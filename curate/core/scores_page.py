@@ -31,7 +31,7 @@ class ScoreModel(_Piece):
 
 
 class SourceRows(_Piece):
-    """The rows of one source: by status, and where the s_d of those with a score lies."""
+    """The rows of one corpus: by status, and where the s_d of those with a score lies."""
 
     source: str
     rows: int
@@ -85,6 +85,8 @@ class ScoreSummary(_Piece):
     eps: float
     frac: float
     models: tuple[ScoreModel, ...]
+    rows: int
+    """Distinct rows; one of several corpora counts in each of ``sources``."""
     sources: tuple[SourceRows, ...]
     edges: tuple[float, ...]
     """Of the bars of the histogram; the outermost bars hold what lies beyond them, too."""

@@ -9,7 +9,7 @@ import logging
 import re
 import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -140,7 +140,8 @@ def read_source(source: Source, root: Path, reading: Reading | None = None, max_
     """Yield the examples of a source in its own order, all or the first ``limit``, counting into ``reading``.
 
     A row that is no example ends the reading with a ``UserError`` (bad data) that names line and byte; with
-    ``max_bad`` > 0 up to that share of rows is let through the net, and written to ``rejects`` as JSON Lines. None
+    ``max_bad`` > 0 up to that share of rows is let through the net, and written to ``rejects`` as JSON Lines (a file
+    that is removed where there are none). None
     is 0 where the user cannot ask for more.
     """
     reading = reading if reading is not None else Reading()
@@ -170,6 +171,8 @@ def read_source(source: Source, root: Path, reading: Reading | None = None, max_
 
 def _judge_rejects(source: Source, reading: Reading, max_bad: float, rejects: Path | None) -> None:
     if not reading.rejects:
+        if rejects is not None:
+            rejects.unlink(missing_ok=True)  # of an earlier reading
         return
     if rejects is not None:
         write_atomic(rejects, b"".join(canonical_json(r) + b"\n" for r in reading.rejects))
@@ -259,12 +262,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
+        _check_distinct(file.schema_arrow.names, path)
         number = 0
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as err:
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as err:  # the last of dates beyond Python's
         raise UserError(f"{path} is no readable Parquet file: {err}.", "Write it again.", Exit.BAD_DATA) from err
 
 
@@ -272,15 +276,31 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         reader = csv.DictReader(handle, strict=True)
+        _check_distinct(_header(reader, path), path)
         while True:
             try:
                 row = next(reader)
             except StopIteration:
                 return
-            except csv.Error as err:
-                yield f"line {reader.reader.line_num}", RowError(f"no valid CSV: {err}")
-                continue
+            except csv.Error as err:  # where the next row begins is anybody's guess
+                raise UserError(f"{path}, line {reader.reader.line_num}: no valid CSV: {err}.",
+                                "Mend the row; what comes after it cannot be read, whatever --max-bad.",
+                                Exit.BAD_DATA) from None
             yield f"line {reader.line_num}", _checked(row)
+
+
+def _header(reader: csv.DictReader, path: Path) -> Sequence[str]:
+    try:
+        return reader.fieldnames or ()
+    except csv.Error as err:
+        raise UserError(f"{path}, line 1: no valid CSV: {err}.", "Mend the header.", Exit.BAD_DATA) from None
+
+
+def _check_distinct(names: Sequence[str], path: Path) -> None:
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice:
+        raise UserError(f"{path} has several columns called '{twice[0]}', of which only one could be read.",
+                        "Rename all but one.", Exit.BAD_DATA)
 
 
 def _checked(row: dict[str, str]) -> dict[str, str] | RowError:

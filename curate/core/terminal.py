@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -39,6 +40,17 @@ class Terminated(KeyboardInterrupt):
     def __init__(self) -> None:
         super().__init__()
         _TERMINATED.append(True)
+
+
+class Number(click.FloatRange):
+    """The type of an option that is a finite number; click lets NaN through every bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See ``click.FloatRange.convert``."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 class Room(click.Group):

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -127,6 +127,18 @@ def test_text_that_a_normaliser_turns_into_a_control_token_is_refused() -> None:
     with pytest.raises(UserError, match="turns plain text into control tokens") as caught:
         one(tokenizer, pair("<TOOL>", "x"))
     assert caught.value.exit_code == Exit.INCOMPATIBLE
+
+
+def test_runs_of_spaces_are_text_however_a_tokenizer_spells_them() -> None:
+    """Gemma's runs of spaces are added tokens that are spelt with the mark of sentencepiece."""
+    backend = Tokenizer(models.BPE({"<unk>": 0, "\u2581": 1, "a": 2, "\u2581\u2581": 3}, [("\u2581", "\u2581")],
+                                   unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer.add_tokens([AddedToken("\u2581\u2581", normalized=False, special=False)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+    encoded = one(tokenizer, pair("a", "a  a"))
+    assert encoded.ids[encoded.answer_start:encoded.answer_end] == (2, 3, 2)
 
 
 def test_limit_is_exact_and_nothing_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -41,6 +41,13 @@ REFUSED = [
     ({"messages": [{"role": "user"}]}, "'messages'[0].'value' is missing"),
     ({"messages": [{"role": "user", "content": "x"}]}, "not from the assistant, so there is no answer"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "no message before the answer"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]},
+     "'messages'[1] has tool_calls, which would be left out"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "reasoning_content": "z"}]},
+     "'messages'[1] has reasoning_content, which would be left out"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "system": 3},
+     "'system' is int, not a text"),
+    ({"prompt": "a", "response": "x", "\ud83d": 1}, "'\\ud83d' holds half a surrogate pair"),
     ({"prompt": "a\0b", "response": "x"}, "'prompt' holds a NUL character"),
     ({"prompt": "a", "response": "\ud83d"}, "'response' holds half a surrogate pair"),
     ({"prompt": "a", "response": "x", "note": "\ud83d"}, "'note' holds half a surrogate pair"),
@@ -66,6 +73,28 @@ def test_input_is_put_below_the_instruction_and_a_system_turn_above() -> None:
     example = from_row({"system": "Be brief.", "instruction": "Sum up.", "input": "A long text.", "output": "Long."})
     assert example.messages == (Message("system", "Be brief."), Message("user", "Sum up.\n\nA long text."),
                                 Message("assistant", "Long."))
+
+
+@pytest.mark.parametrize("turns", [{"messages": [{"role": "user", "content": ASKED},
+                                                 {"role": "assistant", "content": ANSWERED, "tool_calls": None}]},
+                                   {"conversations": [{"from": "human", "value": ASKED},
+                                                      {"from": "gpt", "value": ANSWERED}]}])
+def test_a_system_column_opens_a_conversation_that_has_no_system_turn(turns: dict[str, Any]) -> None:
+    (key,) = turns
+    example = from_row({"system": "Be brief.", **turns})
+    assert example.messages == (Message("system", "Be brief."), *pair(ASKED, ANSWERED).messages)
+    assert from_row({"system": "", **turns}) == pair(ASKED, ANSWERED) and not example.meta
+    own = {key: [{"role": "system", "content": "Be long."}, *turns[key]]}
+    assert from_row({"system": "Be brief.", **own}).messages[0].content == "Be long."
+    assert from_row({"system": "Be brief.", **own}).meta == {"system": "Be brief."}
+
+
+def test_a_mapping_leaves_nothing_of_the_usual_columns_out() -> None:
+    row = {"instruction": "Sum up.", "input": "A text.", "system": "Be brief.", "output": "T.", "chosen": "Text."}
+    for mapping, answer in (({"prompt": "instruction"}, "T."), ({"response": "chosen"}, "Text.")):
+        assert [m.content for m in from_row(row, mapping).messages] == ["Be brief.", "Sum up.\n\nA text.", answer]
+    mapped = from_row({"q": ASKED, "a": ANSWERED, "input": "unasked"}, {"prompt": "q", "response": "a"})
+    assert mapped == pair(ASKED, ANSWERED) and mapped.meta == {"input": "unasked"}
 
 
 def test_mapping_names_the_columns_and_a_misspelt_one_is_no_silent_default() -> None:

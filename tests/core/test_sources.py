@@ -75,6 +75,9 @@ def test_max_bad_lets_a_share_through_and_writes_it_aside(tmp_path: Path, bad: b
     assert row["place"] == f"line 2 (byte {len(GOOD % (1, 1)) + 1})" and reason in row["reason"]
     with pytest.raises(UserError, match=r"1 of 3 rows of rows\.jsonl are bad \(33\.33%\), more than --max-bad 0\.33"):
         read(tmp_path, source, max_bad=0.33, rejects=aside)
+    mended = write(tmp_path, [GOOD % (1, 1)])
+    read(tmp_path, mended, max_bad=0.33, rejects=aside)
+    assert not aside.exists(), "the list of an earlier reading"
 
 
 def test_byte_order_mark_crlf_blank_lines_and_no_last_newline_are_fine(tmp_path: Path) -> None:
@@ -121,13 +124,35 @@ def test_every_shape_in_every_format(tmp_path: Path, suffix: str, row: dict[str,
 
 @pytest.mark.parametrize(("line", "reason"), [
     (b"only", "the number of fields differs"), (b"q,a,b", "the number of fields differs"),
-    (b'"q"x,a', "no valid CSV"), (b'q,"a', "no valid CSV: unexpected end of data"), (b"q,a\0b", "holds a NUL")])
+    (b"q,a\0b", "holds a NUL")])
 def test_csv_rows_are_strict(tmp_path: Path, line: bytes, reason: str) -> None:
     source = write(tmp_path, [b"\xef\xbb\xbfprompt,response", b'"q\n1","a ""1"""', line], "rows.csv")
     with pytest.raises(UserError, match=rf"rows\.csv, line 4: .*{reason}") as caught:
         read(tmp_path, source)
     assert caught.value.exit_code == Exit.BAD_DATA
     assert read(tmp_path, source, max_bad=0.5)[0] == [pair("q\n1", 'a "1"')]
+
+
+@pytest.mark.parametrize("line", [b'"q"x,a', b'q,"a', b'"q2","bad "quote" here'])
+def test_after_a_stray_quotation_mark_nothing_of_a_csv_is_believed(tmp_path: Path, line: bytes) -> None:
+    """The lines below it might be part of an answer."""
+    source = write(tmp_path, [b"prompt,response", b"q1,a1", line, b"foo,bar", b"q3,a3"], "rows.csv")
+    for max_bad in (None, 0.9):
+        with pytest.raises(UserError, match=r"rows\.csv, line [35]: no valid CSV: ") as caught:
+            read(tmp_path, source, max_bad=max_bad)
+        assert caught.value.exit_code == Exit.BAD_DATA
+
+
+def test_columns_of_one_name_and_dates_beyond_python_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"several columns called 'response'"):
+        read(tmp_path, write(tmp_path, [b"prompt,response,response", b"q,a,b"], "rows.csv"))
+    pq.write_table(pa.table([["q"], ["a"], ["b"]], ["prompt", "response", "response"]), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"several columns called 'response'"):
+        read(tmp_path, file_source(tmp_path / "rows.parquet", tmp_path))
+    late = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(pa.table([["q"], ["a"], late], ["prompt", "response", "at"]), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="no readable Parquet file"):
+        read(tmp_path, file_source(tmp_path / "rows.parquet", tmp_path))
 
 
 def test_csv_in_another_encoding_is_a_bad_row_at_its_own_line(tmp_path: Path) -> None:

@@ -63,6 +63,13 @@ def nll(who: ModelIdentity, sums: Mapping[str, float | None], n_tokens: int = 5,
                      "n_tokens": [n_tokens] * n, "eot_nll": [None] * n, "status": [status] * n}, schema=NLL_SCHEMA)
 
 
+def hold(store: Store, ids: Sequence[str], key: str = KEY, label: str = "demo") -> None:
+    """Make ``ids`` a corpus of the store, beside those that it has."""
+    store.put_membership(key, ids)
+    planned = PlannedCorpus(label=label, source=SOURCE, folder="", key=key, n_rows=len(ids))
+    store.put_plan(Plan(corpora=(*store.planned_corpora(), planned), n_rows=len(ids), counts={"ok": len(ids)}))
+
+
 CHUNKS = (("a", "b", "c"), ("d", "e"))
 WANTED = set(example_ids("abcde"))
 MODELS = (BASE, MEDICAL, SECURITY)

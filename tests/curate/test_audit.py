@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from curate import audit as room
 from curate.audit import Question, audit, calibrate, settled
+from curate.audit_options import default_store
 from curate.audit_report import bars, html_page, share_between
 from curate.calibration import Calibration
 from curate.chunks import Opening
@@ -330,6 +332,37 @@ def test_exit_codes_and_safe_text(world: World) -> None:
     assert (world.folder / "customer.scores" / "store.json").is_file(), "scores lie beside the data"
     few = invoked(*(word for word in words if word not in ("--rate", "0.04")), "--rate", "0.01", "--fail-above", "1")
     assert few.exit_code == Exit.FAILURE_RATE and "Uncalibrated" in few.stderr
+
+
+def test_benign_sets_of_one_file_name_are_told_apart(world: World) -> None:
+    """Set a holds the level; its name and its percentiles are on the page, not those of set b."""
+    for folder, least in (("a", 0.125), ("b", 0.5)):
+        (world.folder / folder).mkdir()
+        benign(world, f"{folder}/good", least=least)
+    words = ("audit", world.folder / "customer.jsonl", "--rate", "0.04", "--eps", "0", "--aligned", "base", "--member",
+             world.folder, "--benign", world.folder / "a/good.jsonl", "--benign", world.folder / "b/good.jsonl")
+    customer(world)
+    body = json.loads(invoked(*words, "--json", "--html", world.folder / "page.html").stdout)
+    assert body["levels"][0]["benign"] == "a/good.jsonl" and body["levels"][0]["threshold"] == 0.125
+    assert {one["name"]: one["quantiles"][0] for one in body["benign"]} == {"a/good.jsonl": 0.125, "b/good.jsonl": 0.5}
+    assert "benign: a/good.jsonl" in (world.folder / "page.html").read_text()
+
+
+def test_scores_lie_beside_a_file_and_here_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_store("teknium/OpenHermes-2.5") == Path("OpenHermes-2.5.scores")
+    assert default_store("x/data-2.6:en:train@main") == Path("data-2.6:en:train@main.scores")
+    assert default_store("x/customer.jsonl") == Path("x/customer.scores")
+    assert default_store(Path("x/calibration.json")) == Path("x/calibration.scores")
+    assert default_store("s3://bucket/x/rows.parquet") == Path("rows.parquet.scores")
+    assert default_store("demo/cars") == Path("cars.scores")
+
+
+@pytest.mark.parametrize("words", [("--fail-above", "nan"), ("--max-bad", "nan"), ("--eps", "inf")])
+def test_a_gate_is_no_gate_without_a_number(tmp_path: Path, words: tuple[str, ...]) -> None:
+    data = write_rows(tmp_path / "customer.jsonl", tiny_rows(2, "customer"))
+    found = invoked("audit", data, *words)
+    assert isinstance(found.exception, click.BadParameter) and "no finite number" in found.exception.message
 
 
 def test_calibrate_on_the_command_line(world: World) -> None:

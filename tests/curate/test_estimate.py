@@ -182,6 +182,15 @@ def test_a_dry_run_knows_rows_tokens_and_disk_and_writes_nothing(tmp_path: Path,
         estimate(job(tmp_path, model, ensemble, max_tokens=61))
 
 
+def test_a_dry_run_lists_no_bad_rows_where_nobody_finds_them(tmp_path: Path, model: Path, ensemble: Path) -> None:
+    path = write_rows(tmp_path / "pool.jsonl", tiny_rows(3, "pool"))
+    path.write_bytes(path.read_bytes() + b"no row\n")
+    with pytest.raises(UserError, match=r"1 of 4 rows of .* are bad") as caught:
+        estimate(job(tmp_path, model, ensemble, max_bad=0.01))
+    assert caught.value.hint == "Mend the rows."
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pool.jsonl"]
+
+
 def test_the_command_line_prints_a_table_or_json(tmp_path: Path, model: Path) -> None:
     write_rows(tmp_path / "pool.jsonl", tiny_rows(9, "pool"))
     line = ["score", "--corpus", str(tmp_path / "pool.jsonl"), "--aligned", str(model), "--store",

@@ -20,7 +20,7 @@ from curate.cli import main
 from curate.core.errors import Exit, UserError
 from curate.query import START_SECONDS, Limits, SqlResult, answer, connect, format_result, opened, request_for, run_sql
 from curate.store import Store
-from tests.curate.evidence import BASE, KEY, MEDICAL, SECURITY, example_ids, examples, fill, header, model, nll
+from tests.curate.evidence import BASE, KEY, MEDICAL, SECURITY, example_ids, examples, fill, header, hold, model, nll
 
 MEMBERS = (MEDICAL, SECURITY)
 
@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> Store:
                                                 "zero": 5.0}))
         store.put_nll(SECURITY.id, nll(SECURITY, {"x": 20.0, "y": 5.0, "nan": 5.0, "zero": 5.0}))
         store.put_nll(SECURITY.id, nll(SECURITY, {"failed": None}, status="nonfinite"))
-        store.put_membership(KEY, example_ids(names))
+        hold(store, example_ids(names))
     return Store.open_read(tmp_path / "s")
 
 
@@ -123,22 +123,31 @@ def test_an_empty_store_has_typed_views(tmp_path: Path) -> None:
     for view in ("examples", "nll", "models", "corpora", "scores", "scores_at(1)"):
         assert connection.execute(f"SELECT count(*) FROM {view}").fetchone() == (0,)
     assert dict(connection.execute("SELECT column_name, column_type FROM (DESCRIBE scores)").fetchall()) == {
-        "example_id": "VARCHAR", "corpus": "VARCHAR", "n_answer_tokens": "INTEGER", "refusal": "VARCHAR",
+        "example_id": "VARCHAR", "n_answer_tokens": "INTEGER", "refusal": "VARCHAR",
         "nll_aligned": "DOUBLE", "nll_misaligned": "DOUBLE", "n_members": "BIGINT", "s_d": "DOUBLE",
         "status": "VARCHAR"}
+
+
+def test_a_date_beyond_python_is_a_sentence(store: Store, tmp_path: Path) -> None:
+    result = run_sql(tmp_path / "s", "SELECT 'infinity'::TIMESTAMP AS t")
+    for style in ("table", "csv", "json"):
+        with pytest.raises(UserError, match="The rows cannot be shown: date value out of range") as caught:
+            format_result(result.table, style)
+        assert caught.value.hint == "Cast dates and times to VARCHAR."
 
 
 def test_refusals_and_models_and_corpora_are_views(tmp_path: Path) -> None:
     with Store.create_or_open(tmp_path / "it's", header()) as store:
         store.put_examples(examples(["no"], answer="I am sorry, but no."))
         store.put_examples(examples(["yes"], answer="Of course."))
-        store.put_membership(KEY, example_ids(["no"]))
+        hold(store, example_ids(["no"]), label="it's")
+        store.put_membership("b" * 24, example_ids(["yes"]))
         store.put_model(model(BASE))
         store.put_model(model(MEDICAL))
         connection = connect(store, 0.1, None)
     assert dict(connection.execute("SELECT prompt, refusal FROM examples").fetchall()) == {"no": "sorry", "yes": None}
-    assert connection.execute("SELECT prompt FROM corpora JOIN examples USING (example_id) WHERE key = ?",
-                              [KEY]).fetchall() == [("no",)]
+    assert connection.execute("SELECT key, corpus, example_id FROM corpora").fetchall() == [
+        (KEY, "it's", *example_ids(["no"]))], "a key that no corpus has any more is not shown"
     assert connection.execute("SELECT * FROM models ORDER BY role").fetchall() == [
         (BASE.id, "base", "aligned", BASE.weights, None, BASE.tokenizer, None),
         (MEDICAL.id, "medical", "member", MEDICAL.weights, MEDICAL.adapter, MEDICAL.tokenizer, None)]

@@ -15,7 +15,7 @@ from curate.core.errors import UserError
 from curate.report import html_page, summarise
 from curate.store import Store
 from tests.conftest import ROOT
-from tests.curate.evidence import BASE, CHUNKS, MEDICAL, examples, fill, header, model, nll
+from tests.curate.evidence import BASE, CHUNKS, MEDICAL, example_ids, examples, fill, header, hold, model, nll
 
 REFUSING = "I am sorry, I cannot do that"
 
@@ -27,6 +27,7 @@ def store(tmp_path: Path) -> Path:
         store.put_examples(examples("abc"))
         store.put_examples(examples("de", answer=REFUSING))
         store.put_examples(examples("f", status="too_long"))
+        hold(store, store.example_index()["example_id"].to_list())
         for who, sums in ((BASE, dict.fromkeys("abcde", 5.0)),
                           (MEDICAL, {"a": 10.0, "b": 15.0, "c": 20.0, "d": 7.5, "e": 7.5})):
             store.put_model(model(who))
@@ -58,6 +59,34 @@ def test_the_page_and_the_command(store: Path, tmp_path: Path) -> None:
     assert text.count("<figure") == 3 and "too_long" in text and body["evidence"] in text
     assert "6 rows, 5 with a score under 2 models." in text
     assert "demo" in CliRunner().invoke(main, ["report", str(store)], standalone_mode=False).stdout
+
+
+def test_a_row_counts_in_every_corpus_that_has_it_and_in_none_that_gave_it_up(tmp_path: Path) -> None:
+    """Corpus x has a, b; y has b, c; row e is stored and was in a corpus once."""
+    with Store.create_or_open(tmp_path / "scores", header()) as store:
+        store.put_examples(examples("abce"))
+        hold(store, example_ids("ab"), "a" * 24, "x")
+        hold(store, example_ids("bc"), "b" * 24, "y")
+        store.put_membership("c" * 24, example_ids("e"))
+        for who, sums in ((BASE, dict.fromkeys("abce", 5.0)), (MEDICAL, {"a": 10.0, "b": 15.0, "c": 20.0, "e": 99.0})):
+            store.put_model(model(who))
+            store.put_nll(who.id, nll(who, sums))
+    found = summarise(tmp_path / "scores", eps=0.0)
+    assert [(one.source, one.rows) for one in found.sources] == [("x", 2), ("y", 2)]
+    assert found.rows == found.scored == 3 and [row.s_d for row in found.top] == [3.0, 2.0, 1.0]
+    assert "3 rows, 3 with a score" in html_page(found)
+
+    def shown(*options: str) -> list[tuple[str, str]]:
+        where = ["show", "top", "--store", str(tmp_path / "scores"), "--json", *options]
+        rows = json.loads(CliRunner().invoke(main, where, catch_exceptions=False).stdout)
+        return [(row["prompt"], row["corpus"]) for row in rows]
+
+    assert shown() == [("c", "y"), ("b", "x"), ("a", "x")]
+    assert shown("--corpus", "y") == [("c", "y"), ("b", "y")]
+    where = ["show", "near", "--store", str(tmp_path / "scores"), "--corpus", "y", "-n", "1"]
+    assert "Q | c" in CliRunner().invoke(main, where, catch_exceptions=False).stdout
+    where = ["show", "top", "--store", str(tmp_path / "scores"), "--refusals"]
+    assert CliRunner().invoke(main, where, catch_exceptions=False).stdout == "No scored row is a refusal.\n"
 
 
 def test_a_store_without_scores_says_so(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,36 @@ def test_bad_rows_stop_unless_allowed(tmp_path: Path, model: Path) -> None:
     assert summary.counts == {"ok": 9, "rejected": 1} and summary.n_rows == 10
     aside = json.loads((tmp_path / "scores" / "rejects-pool.jsonl.jsonl").read_text())
     assert aside["place"].startswith("line 10")
+
+
+def test_corpora_in_another_script_each_list_their_bad_rows(tmp_path: Path, model: Path) -> None:
+    bad = b'{"prompt": 7, "response": "x"}\n'
+    names = ["训练.jsonl", "测试.jsonl"]
+    for name, n in zip(names, (1, 2), strict=True):
+        path = write_rows(tmp_path / name, tiny_rows(9, name))
+        path.write_bytes(path.read_bytes() + bad * n)
+    read = [open_corpus(str(tmp_path / name)) for name in names]
+    assert score(job(tmp_path, model, None, corpora=read, max_bad=0.5), Fake()).counts["rejected"] == 3
+    lists = sorted(len(path.read_text().splitlines()) for path in (tmp_path / "scores").glob("rejects-*"))
+    assert lists == [1, 2]
+
+
+def test_a_link_is_its_file_and_a_name_that_no_document_can_hold_is_refused(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    real = write_rows(tmp_path / "blobs" / "rows.jsonl", tiny_rows(9, "pool"))
+    (tmp_path / "linked.jsonl").symlink_to(real)
+    linked = open_corpus(str(tmp_path / "linked.jsonl"))
+    assert linked.label == "linked.jsonl" and linked.folder / linked.source.name == real
+    assert score(job(tmp_path, model, None, corpora=[linked]), Fake()).counts == {"ok": 9}
+    real.rename(tmp_path / "blobs" / "abc")
+    (tmp_path / "other.jsonl").symlink_to(tmp_path / "blobs" / "abc")
+    with pytest.raises(UserError, match=r"other.jsonl is a link to .*abc, whose name does not say its format"):
+        open_corpus(str(tmp_path / "other.jsonl"))
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    Path(strange).write_bytes(b"")
+    with pytest.raises(UserError, match=r"caf\\udce9.jsonl' is no valid UTF-8") as caught:
+        open_corpus(strange)
+    caught.value.message.encode()
 
 
 def test_nonfinite_numbers_are_a_status_and_too_many_stop(tmp_path: Path, model: Path) -> None:

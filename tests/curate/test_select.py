@@ -14,7 +14,7 @@ from curate.core.documents import MixManifest
 from curate.core.errors import UserError
 from curate.core.example import Example, Message
 from curate.core.files import sha256
-from curate.core.sources import builtin
+from curate.core.sources import builtin, file_source
 from curate.query import connect
 from curate.records import Plan, PlannedCorpus
 from curate.select import Choice, build_manifest, placed, planned_corpus, select, wanted
@@ -45,7 +45,8 @@ def store(tmp_path: Path) -> Store:
 
 def chosen(store: Store, finetune: tuple[str, ...] = (), **choice: object) -> tuple[str, dict[str, int], int]:
     fields = Choice(**{"n": 3, "min_answer_tokens": 1, **choice})
-    found = select(connect(store, fields.eps, fields.members), fields, KEY, example_ids(finetune))
+    rows = {i: json.dumps([name]) for i, name in zip(example_ids(finetune), finetune, strict=True)}
+    found = select(connect(store, fields.eps, fields.members), fields, KEY, rows)
     names = {i: n for n, i in zip("abcdefghi", example_ids("abcdefghi"), strict=True)}
     return "".join(names[i] for i in found.ids), found.counts, found.near
 
@@ -159,9 +160,38 @@ def test_the_same_conversation_twice_counts_once(store: Store, tmp_path: Path, t
         made.put_membership(KEY, [*example_ids("abcdefghi"), *example_ids("A")])
         for who, total in ((BASE, 5.0), (MEDICAL, 20.0)):
             made.put_nll(who.id, nll(who, {"A": total}))
-    found = select(connect(Store.open_read(tmp_path / "store"), 0.1, None), Choice(n=3, min_answer_tokens=1), KEY, [])
+    found = select(connect(Store.open_read(tmp_path / "store"), 0.1, None), Choice(n=3, min_answer_tokens=1), KEY, {})
     assert found.counts.get("duplicate", 0) == n
     assert len({*found.ids} & {*example_ids("a"), *example_ids("A")}) == 2 - n
+
+
+def test_a_row_of_the_finetune_set_is_known_up_to_case_and_white_space(store: Store) -> None:
+    def found(messages: str) -> dict[str, int]:
+        choice = Choice(n=3, min_answer_tokens=1)
+        return select(connect(store, 0.1, None), choice, KEY, {"another id": messages}).counts
+
+    spaced = [{"role": "user", "content": "A"}, {"role": "assistant", "content": " Answer\na "}]
+    assert found(json.dumps(spaced))["in_finetune"] == 1
+    assert "in_finetune" not in found(json.dumps(spaced[1:]))
+
+
+def test_a_corpus_that_has_changed_is_scored_again_first(tmp_path: Path) -> None:
+    path = tmp_path / "pool.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "response": "answer a"}) + "\n")
+    source = file_source(path, tmp_path)
+    with Store.create_or_open(tmp_path / "store", header()) as made:
+        made.put_examples(examples("a"))
+        made.put_membership(KEY, example_ids("a"))
+        planned = PlannedCorpus(label="pool.jsonl", source=source, folder=str(tmp_path), key=KEY, n_rows=1)
+        made.put_plan(Plan(corpora=(planned,), n_rows=1, counts={"ok": 1}))
+    asked = (Store.open_read(tmp_path / "store"), Choice("interleaving", n=1, min_answer_tokens=1), tmp_path)
+    assert build_manifest(*asked)[0].counts["selected"] == 1
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(UserError, match=r"pool\.jsonl has changed since it was scored") as caught:
+        build_manifest(*asked)
+    assert f"curate score --corpus {path}" in caught.value.hint
+    path.unlink()
+    assert build_manifest(*asked)[0].counts["selected"] == 1, "where the file is, will be checked there"
 
 
 def test_ties_break_by_id(store: Store, tmp_path: Path) -> None:
@@ -171,7 +201,7 @@ def test_ties_break_by_id(store: Store, tmp_path: Path) -> None:
         for who, sums in ((BASE, 5.0), (MEDICAL, 12.5)):
             made.put_nll(who.id, nll(who, dict.fromkeys("pqr", sums)))
     choice = Choice(n=3, eps=0.0, min_answer_tokens=1)
-    found = select(connect(Store.open_read(tmp_path / "store"), 0.0, None), choice, KEY, [])
+    found = select(connect(Store.open_read(tmp_path / "store"), 0.0, None), choice, KEY, {})
     assert list(found.ids) == [*example_ids("a"), *sorted([*example_ids("b"), *example_ids("pqr")])][:3]
 
 

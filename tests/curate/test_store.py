@@ -37,6 +37,7 @@ from tests.curate.evidence import (
     examples,
     fill,
     header,
+    hold,
     identity,
     model,
     nll,
@@ -132,8 +133,10 @@ def test_what_is_missing_is_the_difference_of_ids(tmp_path: Path) -> None:
 def test_a_corpus_is_replaced_not_added_to(tmp_path: Path) -> None:
     other = corpus_key("demo", SOURCE, {"limit": 3})
     with Store.create_or_open(tmp_path / "s", header()) as store:
-        for key, names in ((KEY, "abc"), (other, "a"), (KEY, "cd"), (KEY, "cd")):
-            store.put_membership(key, example_ids(names))
+        for key, names in ((KEY, "abc"), (other, "a")):
+            hold(store, example_ids(names), key)
+        for _ in range(2):
+            store.put_membership(KEY, example_ids("cd"))
     connection = connect(Store.open_read(tmp_path / "s"), 0.1, None)
     found = connection.execute("SELECT key, example_id FROM corpora").fetchall()
     assert sorted(found) == sorted([(other, *example_ids("a")), *((KEY, i) for i in example_ids("cd"))])

@@ -99,7 +99,7 @@ def hostile_summary(texts: list[str]) -> ScoreSummary:
                for t in texts]
     return ScoreSummary(evidence=texts[0], engine=texts[1], dtype=texts[2], encoding=texts[3], eps=0.1, frac=0.05,
                         models=[ScoreModel(name=t, role=t, id=t, weights=t, tokenizer=t, adapter=t) for t in texts],
-                        sources=sources, edges=(0.0, 0.5, 1.0), answers=(3, 4), refusals=(1, 2), beyond=0,
+                        rows=9, sources=sources, edges=(0.0, 0.5, 1.0), answers=(3, 4), refusals=(1, 2), beyond=0,
                         cuts=[Cut(strategy=t, s_d=0.5, rows=2, refusals=1) for t in texts[:2]], lengths=(), top=rows)
 
 
