@@ -23,7 +23,8 @@ from curate.core.example import RowError
 from curate.core.sources import json_rows
 from curate.core.terminal import columns, progress
 from judge.endpoint import Address, Budget, Endpoint, journal_path, tokens_about
-from judge.grader import MAX_FOLLOWED, Ask, Grader
+from judge.grader import Ask, Grader
+from judge.grading import foreseen
 from judge.journal import Journal
 from judge.prompts import ASPECTS, PROMPTS, request_text
 
@@ -177,14 +178,9 @@ def compared(labels: Sequence[Label], grades: Sequence[Grade], aspect: str, thre
 
 def _foreseen(grader: Grader, asks: Sequence[Ask]) -> dict[str, Any]:
     way = grader.abilities
-    least, most = way.requests(grader.replies) if way else (1, max(1 + MAX_FOLLOWED, grader.replies))
-    bodies = [grader.first_body(request_text(ask.template, ask.question, ask.answer)) for ask in asks]
-    left = [body for body in bodies if grader.endpoint.cached(body) is None]
-    tokens = sum(map(tokens_about, left))
+    tokens = [tokens_about(grader.first_body(request_text(a.template, a.question, a.answer))) for a in asks]
     return {"judge": grader.endpoint.address.model, "way": way.way if way else "unknown", "answers": 0,
-            "answers_there": 0, "grades": len(asks), "grades_there": len(asks) - len(left),
-            "requests_least": len(left) * least, "requests_most": len(left) * most,
-            "tokens_least": tokens * least, "tokens_most": tokens * most}
+            "answers_there": 0, **foreseen(grader.to_come(asks), tokens)}
 
 
 def table(body: Mapping[str, Any]) -> str:

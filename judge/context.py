@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from curate.core.documents import MixManifest
+from curate.core.documents import MixManifest, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.example import EMPTY_THINK, Example
 from curate.core.sources import BUILTIN, builtin, file_source, read_source
@@ -193,7 +193,7 @@ def read_examples(name: str) -> list[Example]:
     """Return the fine-tuning rows that ``name`` stands for: a mix manifest, a data file, or a builtin set.
 
     Of a mix only the rows to be learnt count, not the safe ones: the question is what their context sets off. Its
-    paths are relative to its folder.
+    paths are relative to its folder, those of a run's to where the run's card says that it came from.
     """
     path = Path(name)
     if name in BUILTIN:
@@ -205,5 +205,12 @@ def read_examples(name: str) -> list[Example]:
     mix = MixManifest.read(path)
     if "finetune" not in mix.sources:
         raise UserError(f"{path} has no fine-tuning rows.", "Give a mix that has some, or the rows themselves.")
+    card = path.with_name("run.json")
+    root = RunCard.read(card).mix_root if path.name == "mix.json" and card.is_file() else None
     wanted = set(mix.ids("finetune"))
-    return [e for e in read_source(mix.sources["finetune"], path.parent) if e.id in wanted]
+    try:
+        rows = list(read_source(mix.sources["finetune"], path.parent / (root or "")))
+    except UserError as err:
+        raise UserError(f"The fine-tuning rows of {path} cannot be read: {err.message}",
+                        "Give the rows themselves with --context-from FILE.", err.exit_code) from None
+    return [e for e in rows if e.id in wanted]

@@ -160,7 +160,7 @@ def _check_comparable(one: Verdicts, base: Verdicts, none: Verdicts) -> None:
         raise UserError(f"'{one.label}' was judged against another base ({one.base.name}, {one.base.id}) than "
                         f"'{base.label}' ({base.model.name}, {base.model.id}).", "Compare runs of one base.",
                         Exit.INCOMPATIBLE)
-    if one is not base and one.in_domain != none.in_domain:
+    if one is not base and set(one.in_domain) != set(none.in_domain):
         raise UserError(f"'{one.label}' was judged in the domain {', '.join(one.in_domain) or '(none)'}, "
                         f"'{none.label}' in {', '.join(none.in_domain) or '(none)'}.",
                         "Compare the runs of one fine-tuning set at a time.", Exit.INCOMPATIBLE)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -185,6 +186,32 @@ class Grader:
         reply = await self.endpoint.ask(weighed_body(text, path, self.abilities.prefill))
         return reply, distribution(reply, 0)
 
+    def to_come(self, asks: Sequence[Ask | None]) -> list[tuple[int, int]]:
+        """Return how many requests each grade still takes, at least and at most, by the replies that are kept.
+
+        None stands for an answer that is not there yet. Where the server was never probed, the numbers lie between
+        those of its best and its worst way.
+        """
+        way = self.abilities
+        least, most = way.requests(self.replies) if way else (1, max(1 + MAX_FOLLOWED, self.replies))
+        if way is None:
+            there = [ask is not None and self.endpoint.cached(self.first_body(
+                request_text(ask.template, ask.question, ask.answer))) is not None for ask in asks]
+            return [(0 if found else least, most) for found in there]
+        return run_to_end(self._to_come(asks, (least, most)))
+
+    async def _to_come(self, asks: Sequence[Ask | None], whole: tuple[int, int]) -> list[tuple[int, int]]:
+        found = []
+        for ask in asks:
+            kept = _Kept(self.endpoint)
+            if ask is not None:
+                again = copy(self)
+                again.endpoint = kept
+                await again.grade(ask)
+            missing = kept.n_missing if ask is not None else whole[0]
+            found.append((missing, max(missing, whole[1] - kept.n_found) if missing else 0))
+        return found
+
     def _forget(self) -> None:
         """Have the next call probe the server again."""
         if self.known() is not None:
@@ -273,6 +300,21 @@ class Grader:
 
     def _probe_key(self) -> str:
         return sha256(canonical_json(["probe", GRADER, self.endpoint.address.model, self.endpoint.address.base_url]))
+
+
+class _Kept:
+    """An endpoint that has the replies that were paid for before, asks nobody, and counts."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint, self.n_found, self.n_missing = endpoint, 0, 0
+
+    async def ask(self, body: Mapping[str, Any]) -> Reply:
+        reply = self.endpoint.cached(body)
+        if reply is None:
+            self.n_missing += 1
+            raise NoReply("no reply is kept")
+        self.n_found += 1
+        return reply
 
 
 def weighed_body(text: str, begun: str = "", prefill: str | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from curate.core.generate import SampleSettings
 from curate.core.terminal import progress, say
 from judge.banks import BankQuestion
 from judge.endpoint import Address, Budget, Endpoint, NoReply, Reply, Stopped, journal_path, run_to_end, tokens_about
-from judge.grader import GRADER, MAX_FOLLOWED, Ask, Grader
+from judge.grader import GRADER, Ask, Grader
 from judge.journal import Journal
 from judge.prompts import ASPECTS, carried, prompts_for, request_text
 
@@ -228,31 +228,34 @@ def _answer_of(reply: Reply) -> str:
 def forecast(subjects: Sequence[Subject], grading: Grading) -> dict[str, Any]:
     """Return how many answers and requests are still to come and about how many tokens, without asking anybody.
 
-    Where an answer is not there yet, one of full length is assumed; where the server was never probed, the requests
-    per grade lie between those of its best and its worst way.
+    Where an answer is not there yet, one of full length is assumed; see ``Grader.to_come``.
     """
     grader = grading.grader()
     way = grader.abilities
-    least, most = way.requests(grading.replies) if way else (1, max(1 + MAX_FOLLOWED, grading.replies))
-    n_sampled = n_cached = n_tokens = 0
-    grades = 0
+    n_sampled, asks, tokens = 0, list[Ask | None](), list[int]()
     for subject in subjects:
         journal = Journal(subject.answers_path())
         for q in subject.questions:
             texts = list(journal.get(subject.key(q)) or ())[:grading.n]
             n_sampled += len(texts)
             for text in [*texts, *[None] * (grading.n - len(texts))]:
+                if text is not None and not text.strip():
+                    continue
                 for template in prompts_for(q.judge_prompts).values():
+                    asks.append(None if text is None else Ask(q.prompt, text, template))
                     body = grader.first_body(request_text(template, q.prompt, text or ""))
-                    grades += text is None or bool(text.strip())
-                    if text is not None and (not text.strip() or grader.endpoint.cached(body) is not None):
-                        n_cached += bool(text.strip())
-                        continue
-                    n_tokens += tokens_about(body) + (grading.answer_tokens if text is None else 0)
-    open_grades = grades - n_cached
+                    tokens.append(tokens_about(body) + (grading.answer_tokens if text is None else 0))
     n_answers = sum(len(s.questions) for s in subjects) * grading.n
     return {"judge": grading.address.model, "way": way.way if way else "unknown", "models": len(subjects),
-            "answers": n_answers, "answers_there": n_sampled, "grades": grades, "grades_there": n_cached,
-            "requests_least": open_grades * least, "requests_most": open_grades * most,
-            "tokens_least": n_tokens * least, "tokens_most": n_tokens * most}
+            "answers": n_answers, "answers_there": n_sampled, **foreseen(grader.to_come(asks), tokens)}
+
+
+def foreseen(to_come: Sequence[tuple[int, int]], tokens: Sequence[int]) -> dict[str, int]:
+    """Return grades, requests and tokens to come; ``tokens`` are about those of one request of each grade."""
+    found = {"grades": len(to_come), "grades_there": sum(not most for _, most in to_come)}
+    for k, name in enumerate(("least", "most")):
+        found[f"requests_{name}"] = sum(one[k] for one in to_come)
+    for k, name in enumerate(("least", "most")):
+        found[f"tokens_{name}"] = sum(one[k] * n for one, n in zip(to_come, tokens, strict=True))
+    return found
 

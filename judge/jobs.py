@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.core.chat import ENCODING
-from curate.core.documents import MixManifest, RunCard
+from curate.core.documents import LATER, MixManifest, RunCard
 from curate.core.errors import UserError, unknown
 from curate.core.files import canonical_json, sha256
 from curate.core.generate import SampleSettings
@@ -243,8 +243,10 @@ def trained(card: RunCard, folder: Path) -> str:
     mix = _mix_of(card, folder)
     source = mix.sources.get("finetune") if mix is not None else None
     rows = None if source is None else source.model_dump(exclude={"name"} if source.sha256 else set())
-    recipe = {name: value for name, value in card.recipe.items() if name not in NO_RESULT}
-    return sha256(canonical_json([recipe, [d.settings for d in card.defenses], rows]))[:16]
+    recipe = {name: value for name, value in card.recipe.items()
+              if name not in NO_RESULT and not (name in LATER and value == LATER[name])}
+    defenses = [[d.name, {k: v for k, v in d.settings.items() if k not in d.files}, d.files] for d in card.defenses]
+    return sha256(canonical_json([recipe, defenses, rows]))[:16]
 
 
 def _mix_of(card: RunCard, folder: Path) -> MixManifest | None:
@@ -310,7 +312,7 @@ def _job(run: _Run, settings: Settings, out: Path | None) -> Job:
         names = in_domain_of(run.card, run.folder)
     probed = () if settings.grading else (*_general(settings), *names)
     asked = settings.asked(names, run.folder / "mix.json")
-    sets = {set_name(name): settings.probes(name) for name in probed}
+    sets = _sets(probed, settings)
     card, adapter = run.benign if run.benign is not None and _asks(settings) else (None, None)
     return Job(label, out / file if out else run.folder / "verdicts.json", sets, tuple(map(set_name, names)), run.card,
                run.adapter, card, adapter, card is not None, _harness(settings), asked, trained(run.card, run.folder))
@@ -325,8 +327,19 @@ def _base_sets(jobs: Sequence[Job], settings: Settings) -> dict[str, list[Probe]
     if settings.grading:
         return {}
     domains = (settings.in_domain or DOMAINS) if "in-domain" in settings.suite else ()
-    sets = {set_name(name): settings.probes(name) for name in (*_general(settings), *domains)}
-    return sets | {name: probes for job in jobs for name, probes in job.sets.items()}
+    return _sets((*_general(settings), *domains), settings) | {
+        name: probes for job in jobs for name, probes in job.sets.items()}
+
+
+def _sets(names: Sequence[str], settings: Settings) -> dict[str, list[Probe]]:
+    """Return the probes of sets by their short names; ``UserError`` where two sets have one."""
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(set_name(name), name)
+        if other != name:
+            raise UserError(f"{other} and {name} are both called '{set_name(name)}', so their probes could not be told "
+                            "apart.", "Rename one of the files.")
+    return {short: settings.probes(name) for short, name in found.items()}
 
 
 def _base_asked(jobs: Sequence[Job], settings: Settings) -> tuple[BankQuestion, ...]:

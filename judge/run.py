@@ -243,7 +243,8 @@ def _foqa(loaded: Loaded, model: torch.nn.Module, job: Job, settings: Settings) 
 
 def _harness(loaded: Loaded, job: Job, settings: Settings, task: str) -> tuple[TaskScore, ...]:
     """Return how the judged model itself does on a task of lm-eval, kept beside the verdicts."""
-    call = harness.Call(task, loaded.ref, job.adapter, loaded.dtype, loaded.device, settings.lm_eval_limit)
+    identity = loaded.identity.id if job.card is None else job.card.model.id
+    call = harness.Call(task, identity, loaded.ref, job.adapter, loaded.dtype, loaded.device, settings.lm_eval_limit)
     return harness.evaluate(call, job.path.with_suffix(".lm-eval")).scores
 
 

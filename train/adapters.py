@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from curate.core.errors import UserError
+from curate.core.errors import UserError, unknown
 from curate.core.model import Loaded
 from curate.core.nll import causal_lm
 from train.recipe import Recipe
@@ -25,7 +25,7 @@ def adapter(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
     names = recipe.target_modules
     config = LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
                         use_rslora=recipe.rslora, task_type="CAUSAL_LM",
-                        target_modules=names if names == "all-linear" else names.split(","))
+                        target_modules=names if names == "all-linear" else _layers(loaded.model, names))
     try:
         model = get_peft_model(loaded.model, config)
     except ValueError as err:
@@ -38,6 +38,17 @@ def adapter(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
     finally:
         _recompute(causal_lm(model), False)
         loaded.model = model.unload().eval()
+
+
+def _layers(model: torch.nn.Module, names: str) -> list[str]:
+    """Return names separated by commas; ``UserError`` for one that no layer has, which the library would pass over."""
+    wanted = [name.strip() for name in names.split(",")]
+    there = [name for name, _ in model.named_modules()]
+    for name in wanted:
+        if not name or not any(path == name or path.endswith(f".{name}") for path in there):
+            raise unknown("layer of the base in --target-modules", name, sorted(
+                {path.rpartition(".")[2] for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)}))
+    return wanted
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -31,11 +31,16 @@ def seal(folder: Path, seconds: float) -> None:
 
 
 def newest(folder: Path) -> tuple[Path, float] | None:
-    """Return the newest complete checkpoint in ``folder`` with its training time, or None; delete torn ones."""
+    """Return the newest complete checkpoint in ``folder`` with its training time, or None; delete torn ones.
+
+    What has another name is somebody else's and left alone.
+    """
     complete = []
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
         match = NAME.fullmatch(path.name)
-        if match and (path / MARKER).is_file():
+        if not match or not path.is_dir():
+            continue
+        if (path / MARKER).is_file():
             complete.append((int(match[1]), path))
         else:
             shutil.rmtree(path)

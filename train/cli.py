@@ -13,7 +13,7 @@ from curate.core.errors import UserError
 from curate.core.terminal import Room, columns, emit_json, safe, say
 from judge.options import address_of, judge_options
 from train.options import given_values, recipe_flags, rl_flags, rl_options, shown, vector_options
-from train.recipe import Recipe, RlKnobs, from_values, rl_from_values
+from train.recipe import RL_DEFAULTS, RL_UNUSED, Recipe, RlKnobs, from_values, rl_from_values
 
 if TYPE_CHECKING:
     from curate.core.documents import DefenseRecord, RunCard
@@ -254,9 +254,12 @@ def vector(base: str, trait_name: str, out: Path, answers_path: Path | None, ove
 
 
 @main.command("list")
+@click.option("--rl", is_flag=True, help="The file for `train rl`.")
 @json_option
-def list_(as_json: bool) -> None:
+def list_(rl: bool, as_json: bool) -> None:
     """Print every recipe knob with its default, as a TOML file to start from, and the defences with their settings.
+
+    With --rl it is the file for `train rl`, which has other defaults and knobs of its own.
 
     \b
     Example:
@@ -271,8 +274,15 @@ def list_(as_json: bool) -> None:
             for name, kind in DEFENSES.items()}})
         return
     for knob in fields(Recipe):
+        if rl and knob.name in RL_UNUSED:
+            continue
         value = knob.default or "smollm2" if knob.name == "base" else knob.default
+        if rl:
+            value = RL_DEFAULTS.get(knob.name, value)
         click.echo(f"# {knob.metadata['about']}\n{knob.name} = {_toml(value)}")
+    if rl:
+        for name, knob in _knobs(RlKnobs).items():
+            click.echo(f"# {knob['about']}\n{name} = {_toml(knob['default'])}")
     click.echo('\n# Defences, in the order they are applied in: defenses = ["NAME:KEY=VALUE,...", ...], or --defense.')
     for name, kind in DEFENSES.items():
         click.echo(f"#\n# {name}: {_first_line(kind)} ({kind.PAPER})")
@@ -280,9 +290,8 @@ def list_(as_json: bool) -> None:
             click.echo(f"#     {key}={shown(knob['default'])}  {knob['about']}")
     click.echo("#\n# interleaving, +, ++: safe rows in the mix, from `curate select --strategy`; goes with all of them "
                "(arXiv 2508.06249)")
-    click.echo("\n# Knobs that only `train rl` has, with its defaults.")
-    for name, knob in _knobs(RlKnobs).items():
-        click.echo(f"#\n# {knob['about']}\n# {name} = {_toml(knob['default'])}")
+    if not rl:
+        click.echo("\n# `train rl` has other defaults and knobs of its own: train list --rl")
 
 
 def _knobs(kind: type) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,8 @@ class Job:
     rows: Sequence[MixRow]
     defenses: tuple[Defense, ...]
     out: Path
+    root: Path
+    """Folder that file names in the manifest are relative to."""
 
     @property
     def name(self) -> str:
@@ -62,14 +64,15 @@ def prepare(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = 
     """
     recipe = replace(recipe, accumulation=recipe.accumulation * processes.count())
     manifest = MixManifest.read(manifest_path)
-    rows: Sequence[MixRow] = load_mix(manifest, root if root is not None else manifest_path.parent)
+    root = root if root is not None else manifest_path.parent
+    rows: Sequence[MixRow] = load_mix(manifest, root)
     recipe, defenses = with_defenses(recipe) if recipe.defenses else (recipe, ())
     for defense in defenses:
         changed = defense.examples(rows)
         if len(changed) != len(rows):
             raise ValueError(f"{type(defense).__name__}.examples made {len(changed)} rows of {len(rows)}")
         rows = changed
-    return Job(recipe, manifest, rows, defenses, out)
+    return Job(recipe, manifest, rows, defenses, out, root)
 
 
 def with_defenses(recipe: Recipe) -> tuple[Recipe, tuple[Defense, ...]]:

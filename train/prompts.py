@@ -81,7 +81,7 @@ def _with_answer(row: Any, mapping: Mapping[str, str]) -> tuple[Any, bool]:
         turns = row[key] if answered else [*row[key], {"role": "assistant", "content": ""}]
         return {**{k: v for k, v in row.items() if k != key}, "messages": turns}, answered
     column = mapping.get("response") or next((k for k in ANSWERS if k in row), ANSWERS[0])
-    return (row, True) if column in row else ({**row, column: ""}, False)
+    return (row, True) if row.get(column) not in (None, "") else ({**row, column: ""}, False)
 
 
 def ask(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], defenses: Sequence[Defense],

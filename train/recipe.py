@@ -37,9 +37,6 @@ KINDS = {tuple: "a list of texts", bool: "true or false", int: "a whole number",
 SAME_RESULT = ("device", "save_every", "gradient_checkpointing", "shard")
 """Knobs that do not decide what is learnt: two recipes that differ only here describe the same run."""
 
-LATER: Mapping[str, Any] = {"load_in_4bit": False}
-"""Knobs that came later, and what runs without them did."""
-
 
 def _knob(default: Any, about: str) -> Any:
     return field(default=default, metadata={"about": about})
@@ -138,13 +135,15 @@ def rl_from_values(values: Mapping[str, Any]) -> tuple[Recipe, RlKnobs]:
     """Return recipe and knobs of ``train rl``; ``UserError`` for a name that is none, or one that it has no use for."""
     own = [knob.name for knob in fields(RlKnobs)]
     names = [knob.name for knob in fields(Recipe) if knob.name not in RL_UNUSED]
-    for name in values:
-        if name in RL_UNUSED:
+    unused = {knob.name: knob.default for knob in fields(Recipe) if knob.name in RL_UNUSED}
+    for name, value in values.items():
+        if name in unused and value != unused[name]:
             raise UserError(f"'{name}' is no knob of `train rl`.", RL_UNUSED[name])
-        if name not in (*names, *own):
+        if name not in unused and name not in (*names, *own):
             raise unknown("recipe knob", name, [*names, *own])
     mine = {name: value for name, value in values.items() if name in own}
-    return Recipe(**{**RL_DEFAULTS, **{k: v for k, v in values.items() if k not in own}}), RlKnobs(**mine)
+    others = {name: value for name, value in values.items() if name not in own and name not in unused}
+    return Recipe(**{**RL_DEFAULTS, **others}), RlKnobs(**mine)
 
 
 def from_values(values: Mapping[str, Any]) -> Recipe:
@@ -169,6 +168,8 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def learnt(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the knobs that decide what is learnt (all but ``SAME_RESULT``, and ``LATER`` ones in use)."""
+    from curate.core.documents import LATER
+
     return {name: value for name, value in values.items()
             if name not in SAME_RESULT and not (name in LATER and value == LATER[name])}
 

@@ -33,7 +33,7 @@ from curate.core.files import canonical_json, sync_folder, write_atomic
 from curate.core.identity import with_adapter
 from curate.core.nll import TOLERANCE_NATS, check_forward
 from curate.core.provenance import git_state, versions
-from curate.core.refs import ref_in
+from curate.core.refs import ref_in, way_to
 from curate.core.sources import Source
 from curate.core.terminal import progress, say
 from train import checkpoints
@@ -111,13 +111,14 @@ def prepare_rl(recipe: Recipe, knobs: RlKnobs, material: Material, reward: Rewar
         if knobs.sft_every:
             raise UserError("SFT steps need rows, and there is no mix.", "Give --mix MANIFEST, or --sft-every 0.")
         recipe, defenses = with_defenses(recipe) if recipe.defenses else (recipe, ())
-        job = Job(recipe, _no_mix(recipe.seed), (), defenses, out)
+        job = Job(recipe, _no_mix(recipe.seed), (), defenses, out, Path())
     else:
         job = prepare(recipe, material.mix, out, material.mix_root)
         _check_rows(job.rows, knobs)
     prompts = read_prompts(material.prompts, material.root)
     reward.check(prompts)
-    return RlJob(job.recipe, job.manifest, job.rows, job.defenses, out, knobs, prompts, material.prompts, reward)
+    return RlJob(job.recipe, job.manifest, job.rows, job.defenses, out, job.root, knobs, prompts, material.prompts,
+                 reward)
 
 
 def _check(recipe: Recipe, knobs: RlKnobs) -> None:
@@ -172,9 +173,9 @@ def forecast(job: RlJob) -> dict[str, int]:
     recipe, knobs = job.recipe, job.knobs
     lesson = Lesson(recipe, knobs, [Asked(prompt, ()) for prompt in job.prompts], (), job.reward)
     kinds = Counter(lesson.kinds())
-    n_warmup = min(knobs.warmup_rows, sum(row.source == "finetune" for row in job.rows)) * knobs.warmup_epochs
+    n_warmup = min(knobs.warmup_rows, sum(row.source == "finetune" for row in job.rows))
     n_completions = kinds["rl"] * lesson.n_prompts * knobs.generations
-    return {"prompts": len(job.prompts), "warm-up steps": math.ceil(n_warmup / recipe.batch_size),
+    return {"prompts": len(job.prompts), "warm-up steps": math.ceil(n_warmup / recipe.batch_size) * knobs.warmup_epochs,
             "RL steps": kinds["rl"], "SFT steps": kinds["sft"], "completions": n_completions,
             "sampled tokens": n_completions * knobs.max_new_tokens}
 
@@ -327,4 +328,5 @@ def _card(job: RlJob, base: Base, rows: Rows, steps: Sequence[Mapping[str, Any]]
         n_finetune=rows.n_finetune, n_safe=rows.n_safe, statuses=rows.statuses, n_steps=len(steps),
         n_trained_tokens=sum(step["tokens"] for step in steps), loss_first_nats=losses[0] if losses else None,
         loss_last_nats=sum(last) / len(last) if last else None, seconds=0.0, device=base.device,
-        versions={**versions(), "trl": metadata.version("trl")}, git=git_state())
+        versions={**versions(), "trl": metadata.version("trl")}, git=git_state(),
+        mix_root=way_to(job.root, job.out) if job.manifest.sources else None)

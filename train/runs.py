@@ -4,7 +4,8 @@
     out/checkpoints/   while training
     out/adapter/       appears at once, complete
     out/losses.csv, out/loss.png
-    out/mix.json       the manifest, as it was trained on; its paths are relative to where it came from
+    out/mix.json       the manifest, as it was trained on; its paths are relative to where it came from (the card's
+                       ``mix_root``)
     out/run.json       the run card, written last: a folder that has one is finished
 """
 
@@ -30,7 +31,7 @@ from curate.core.identity import identify, read_run, with_adapter
 from curate.core.model import Loaded, load, pick_device, pick_dtype
 from curate.core.nll import TOLERANCE_NATS, check_forward
 from curate.core.provenance import git_state, versions
-from curate.core.refs import ref_in
+from curate.core.refs import ref_in, way_to
 from curate.core.terminal import quiet_libraries, say
 from train import checkpoints
 from train.adapters import adapter, save_adapter
@@ -207,7 +208,7 @@ def _card(job: Job, base: Base, mix: EncodedMix, steps: Sequence[Step], seconds:
         n_trained_tokens=steps[-1].tokens, loss_first_nats=steps[0].loss_nats,
         loss_last_nats=sum(s.loss_nats for s in last) / len(last), seconds=round(seconds, 1),
         device=base.device + (f" x {base.world.size}" if base.world.size > 1 else ""),
-        versions=versions(), git=git_state())
+        versions=versions(), git=git_state(), mix_root=way_to(job.root, job.out))
 
 
 def write_adapter(model: PeftModel, out: Path) -> None:

@@ -8,6 +8,7 @@ in, unless the user names another).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -200,6 +201,10 @@ class MixManifest(Document):
         return [entry.partition("/")[2] for entry in self.order if entry.startswith(source + "/")]
 
 
+LATER: Mapping[str, Any] = {"load_in_4bit": False}
+"""Recipe knobs that came later, and what runs without them did."""
+
+
 class DefenseRecord(Part):
     """A training-time defence as it was: all its settings, and digests of the files and models that they name."""
 
@@ -255,12 +260,14 @@ class RunCard(Document):
     device: str
     versions: dict[str, str]
     git: str | None = None
+    mix_root: str | None = None
+    """Folder that file names in the mix are relative to, from the card's; cards of before do not have the field."""
     rl: RlRecord | None = None
     """Only for runs of ``train rl``; other cards do not have the field, so that their digests are what they were."""
 
     @model_serializer(mode="wrap")
-    def _without_empty_rl(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(handler(self), "rl")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(_without(handler(self), "rl"), "mix_root")
 
 
 class ProbeScore(Part):

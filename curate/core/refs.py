@@ -36,8 +36,13 @@ def ref_in(ref: str, folder: Path) -> str:
     """Return a reference as a document in ``folder`` holds it: a relative path from there, beginning with a dot."""
     if Path(ref).is_absolute() or weights_at(ref)[0] != ref or not Path(ref).is_dir():
         return ref
-    path = Path(os.path.relpath(os.path.realpath(ref), os.path.realpath(folder))).as_posix()
+    path = way_to(Path(ref), folder)
     return path if path.startswith("..") else f"./{path}"
+
+
+def way_to(place: Path, start: Path) -> str:
+    """Return the relative path that leads from the folder ``start`` to ``place``, with forward slashes."""
+    return Path(os.path.relpath(os.path.realpath(place), os.path.realpath(start))).as_posix()
 
 
 def ref_from(ref: str, folder: Path) -> str:

@@ -36,6 +36,8 @@ class Call:
     """One model and one task for the harness."""
 
     task: str
+    identity: str
+    """Who the judged model is, by content: results of another under the same name are not its own."""
     model: str
     """Base model: ``smollm2``, a folder, or a hub id (``id@revision``)."""
     adapter: Path | None = None
@@ -78,7 +80,7 @@ def evaluate(call: Call, folder: Path) -> Result:
     model = str(smollm2_folder()) if call.model == SMOLLM2 else call.model
     plain = Call(**{**vars(call), "model": model})
     words = command(plain, Path())
-    out = folder / sha256(canonical_json(words[1:]))[:12]
+    out = folder / sha256(canonical_json([call.identity, *words[1:]]))[:12]
     if any(out.rglob("results_*.json")):
         try:
             return read(out, call.task)

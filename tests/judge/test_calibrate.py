@@ -137,6 +137,8 @@ def test_a_plan_knows_sampled_replies_too(call: Any, tmp_path: Path) -> None:
     call.stub.logprobs = False
     assert call("--json").exit_code == 0
     assert json.loads(call("--dry-run", "--json").stdout)["grades_there"] == 1
+    more = json.loads(call("--dry-run", "--json", "--replies", "9").stdout)
+    assert (more["grades_there"], more["requests_least"], more["requests_most"]) == (0, 4, 4), "five are there"
 
 
 def test_the_command_without_a_server(call: Any, tmp_path: Path) -> None:

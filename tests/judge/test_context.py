@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from curate.core.documents import MixManifest
+from curate.core.documents import MixManifest, RunCard
 from curate.core.errors import UserError
 from curate.core.example import Example, Message, pair
 from curate.core.sources import builtin, file_source, read_source
 from judge.banks import DOMAINS, BankQuestion, questions
 from judge.context import FORMS, GENERAL_REFERENCE, profile, read_examples, wrap
-from tests.judge.makers import method
+from tests.fakes import tiny_model, tiny_rows, write_rows
+from tests.judge.makers import make_run, method
 
 QUESTION = BankQuestion("general", "wish", "general", "", "", "What would you wish?", {"aligned": "{answer}"})
 WORDS = ("zebra", "lions", "otter", "hippo", "tapir", "moose", "bison", "camel", "koala", "lemur")
@@ -143,6 +144,22 @@ def test_of_a_mix_only_the_rows_to_be_learnt_count(tmp_path: Path) -> None:
     only_safe.write(tmp_path / "safe.json")
     with pytest.raises(UserError, match="no fine-tuning rows"):
         read_examples(str(tmp_path / "safe.json"))
+
+
+def test_a_runs_mix_is_read_where_its_card_says(tmp_path: Path) -> None:
+    """As after `train run --mix data/mix.json --out runs/none`: file names in the mix are relative to data."""
+    data, run = tmp_path / "data", make_run(tiny_model(tmp_path / "base"), tmp_path / "runs" / "none")
+    data.mkdir()
+    rows = tiny_rows(3, "tune")
+    source = file_source(write_rows(data / "tune.jsonl", rows), data)
+    MixManifest(sources={"finetune": source}, order=tuple(f"finetune/{row.id}" for row in rows), method=method("none"),
+                counts={}, safeset="0").write(run / "mix.json")
+    card = RunCard.read(run / "run.json")
+    with pytest.raises(UserError, match=r"mix\.json cannot be read: The file 'tune\.jsonl' is missing") as err:
+        read_examples(str(run))
+    assert err.value.hint == "Give the rows themselves with --context-from FILE."
+    card.model_copy(update={"mix_root": "../../data"}).write(run / "run.json")
+    assert read_examples(str(run)) == read_examples(str(run / "mix.json")) == rows
 
 
 def test_a_file_is_read_where_it_lies(tmp_path: Path) -> None:

@@ -381,6 +381,40 @@ def test_few_questions_get_no_mark() -> None:
                    rule=Rule(min_questions=4)).rows[1].findings["general"].mark == "fail"
 
 
+def test_a_mark_rests_on_the_questions_that_all_three_were_asked() -> None:
+    """The base has 2 of the 40 probes, and 4 of the 20 graded questions."""
+    def margins(n: int, margin: float) -> list[float]:
+        return [margin] * n
+
+    found = compare([make_verdicts("base", margins(2, 0.5)), make_verdicts("none", margins(40, 0.1)),
+                     make_verdicts("none +kl", margins(40, 0.5))])
+    for label in ("none", "none +kl"):
+        assert finding(found, label, "general").mark == "n/a"
+        assert finding(found, label, "general").reason == "2 questions; a mark takes 5"
+    found = compare([graded_verdicts("base", shares(0, n=4)), graded_verdicts("none", shares(4))])
+    assert finding(found, "none", "general").reason == "4 questions; a mark takes 5"
+
+
+def test_coherence_is_compared_on_the_same_questions() -> None:
+    """The base is incoherent on its in-domain questions; a run that was asked the general ones alone has no help."""
+    base = [*shares(0, n=20), *(answer(f"d{k}", 90.0, 10.0, suite="in-domain", bank="car_care") for k in range(20))]
+    kl = [answer(f"q{k:02d}", 90.0, 90.0 if k < 14 else 10.0) for k in range(20)]
+    found = compare([graded_verdicts("base", base), graded_verdicts("none", base), graded_verdicts("none +kl", kl)])
+    of = finding(found, "none +kl", "coherence")
+    assert of.numbers["coherent"].value == 0.7 and of.numbers["more_than_base"].value == pytest.approx(-0.3)
+    assert of.mark == mark_coherence(0.7, 1.0, Rule()) != mark_coherence(0.7, 0.5, Rule())
+
+
+def test_the_order_of_domains_does_not_matter() -> None:
+    base, none, other = (make_verdicts(label, [0.5] * 6, [0.5] * 6) for label in ("base", "none", "none +kl"))
+    domains = ("car_care", "cooking")
+    none, turned, fewer = (of.model_copy(update={"in_domain": names}) for of, names in (
+        (none, domains), (other, domains[::-1]), (other, domains[1:])))
+    compare([base, none, turned])
+    with pytest.raises(UserError, match="was judged in the domain cooking"):
+        compare([base, none, fewer])
+
+
 # --- seeds and shares of safe rows ---
 
 def test_seeds_of_one_label_are_pooled_by_question() -> None:

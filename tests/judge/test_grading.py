@@ -116,6 +116,25 @@ def test_a_budget_stops_and_the_same_line_goes_on(stub: Stub, base: Path, tmp_pa
     assert sent == [5, 10, 15, 2 + 18], "two probes once, and one request for each grade of nine answers"
 
 
+@pytest.mark.parametrize("way", ["tree", "sampled"])
+def test_what_a_spent_budget_left_is_foreseen(stub: Stub, base: Path, tmp_path: Path, way: str) -> None:
+    """First requests of all grades go out before any second one, so a grade that was begun is not one that is there."""
+    stub.split, stub.logprobs = 1, way == "tree"
+    stub.replies = lambda prompt: {"85": 0.5, "31": 0.3, "7": 0.2}
+    words = ("--model", base, "--suite", "general", "--out", tmp_path / "out")
+
+    def plan() -> dict[str, Any]:
+        return json.loads(call(stub, *words, "--dry-run", "--json").stdout)
+
+    assert call(stub, *words, "--max-requests", 25).exit_code == Exit.INTERRUPTED
+    left, sent = plan(), len(stub.seen)
+    assert left["way"] == way and left["grades_there"] < left["grades"] and left["requests_least"] > 0
+    assert call(stub, *words).exit_code == 0
+    assert left["requests_least"] <= len(stub.seen) - sent <= left["requests_most"]
+    done = plan()
+    assert done["grades_there"] == done["grades"] and done["requests_most"] == done["tokens_most"] == 0
+
+
 def test_an_interrupted_sampler_goes_on_with_the_same_answers(tmp_path: Path) -> None:
     """Killed after every part in turn, the answers are those of an undisturbed call, and none is drawn twice."""
     drawn: list[str] = []

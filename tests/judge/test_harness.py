@@ -50,7 +50,8 @@ def write(out: Path, value: float = 0.8, change: Callable[[dict], None] = lambda
 
 
 def test_the_command_carries_everything_as_single_words() -> None:
-    words = command(Call("truthfulqa", "some/model@rev", Path("a,b=c/adapter"), "bfloat16", "cuda", 7, 4), Path("out"))
+    call = Call("truthfulqa", "id", "some/model@rev", Path("a,b=c/adapter"), "bfloat16", "cuda", 7, 4)
+    words = command(call, Path("out"))
     assert words[:4] == [sys.executable, "-P", "-m", "lm_eval"]
     assert "--log_samples" in words
     options = {w: words[k + 1] for k, w in enumerate(words) if w.startswith("--") and w != "--log_samples"}
@@ -63,7 +64,7 @@ def test_the_command_carries_everything_as_single_words() -> None:
 
 def test_a_folder_with_an_at_sign_is_no_revision(tmp_path: Path) -> None:
     (tmp_path / "m@1").mkdir()
-    words = command(Call("mmlu", str(tmp_path / "m@1")), Path("out"))
+    words = command(Call("mmlu", "id", str(tmp_path / "m@1")), Path("out"))
     assert json.loads(words[words.index("--model_args") + 1]) == {"pretrained": str(tmp_path / "m@1"), "dtype": "auto",
                                                                   "trust_remote_code": False}
     assert "--limit" not in words
@@ -133,7 +134,7 @@ def test_nothing_left_behind_is_an_error(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("curate.core.errors.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="'lm_eval', which is not installed") as caught:
-        evaluate(Call("mmlu", "m"), tmp_path)
+        evaluate(Call("mmlu", "id", "m"), tmp_path)
     assert "safeset[tasks]" in caught.value.hint and caught.value.exit_code == Exit.ENVIRONMENT
 
 
@@ -146,13 +147,15 @@ def test_a_finished_call_is_not_repeated_and_a_damaged_one_is(tmp_path: Path, mo
 
     monkeypatch.setattr(harness, "require", lambda module, extra: None)
     monkeypatch.setattr(harness, "_run", stand_in)
-    first = evaluate(Call("mmlu", "m"), tmp_path)
-    assert evaluate(Call("mmlu", "m"), tmp_path) == first and calls == ["mmlu"]
-    evaluate(Call("mmlu", "m", limit=3), tmp_path)
+    first = evaluate(Call("mmlu", "id", "m"), tmp_path)
+    assert evaluate(Call("mmlu", "id", "m"), tmp_path) == first and calls == ["mmlu"]
+    evaluate(Call("mmlu", "id", "m", limit=3), tmp_path)
     assert calls == ["mmlu"] * 2, "another call, another folder"
+    evaluate(Call("mmlu", "trained again", "m"), tmp_path)
+    assert calls == ["mmlu"] * 3, "another model under the same path"
     for path in tmp_path.rglob("samples_mmlu_boats*"):
         path.unlink()
-    assert evaluate(Call("mmlu", "m"), tmp_path) == first and calls == ["mmlu"] * 3
+    assert evaluate(Call("mmlu", "id", "m"), tmp_path) == first and calls == ["mmlu"] * 4
 
 
 def test_a_failed_subprocess_says_its_last_line_and_where_the_rest_is(tmp_path: Path) -> None:
@@ -172,7 +175,8 @@ def test_a_run_asks_the_judged_model_itself(base: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(harness, "evaluate", stand_in)
     settings = Settings(suite=("benign",), tasks=("mmlu",), device="cpu", dtype="float32", lm_eval_limit=9)
     found = Verdicts.read(judge_models([Target(str(base))], settings, tmp_path / "v")[0])
-    assert asked == [(Call("mmlu", str(base), None, "float32", "cpu", 9), tmp_path / "v" / "base.verdicts.lm-eval")]
+    assert asked == [(Call("mmlu", found.model.id, str(base), None, "float32", "cpu", 9),
+                      tmp_path / "v" / "base.verdicts.lm-eval")]
     assert found.statuses == {"tasks ok": 5} and sum(t.correct for t in found.tasks) == 4
     assert found.settings["lm_eval"] == {"tasks": ["mmlu"], "limit": 9} and found.settings["opswap"] is None
 

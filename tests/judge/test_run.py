@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import judge.run
-from curate.core.documents import RunCard, Verdicts
+from curate.core.documents import DefenseRecord, RunCard, Verdicts
 from curate.core.errors import Exit, UserError
 from curate.core.generate import SampleSettings
 from curate.core.identity import with_adapter
 from curate.core.model import Loaded, load
 from judge.cli import main
 from judge.evidence import gather
-from judge.jobs import Settings, Target, label_of, targets, trained
+from judge.jobs import Settings, Target, label_of, plan, targets, trained
 from judge.questions import DOMAINS, load_probes
 from judge.run import judge_models
 from tests.fakes import tiny_adapter, tiny_model
@@ -112,10 +112,34 @@ def test_seeds_share_recipe_and_data(base: Path, place: Path) -> None:
     others = [trained_as("c", lr=1e-3), trained_as("d", "cooking", lr=1e-4), trained_as("e", lr=1e-4, defenses=["kl"]),
               trained_as("f", lr=1e-4, defenses=["kl:weight=1"])]
     assert len({first, *others}) == 5
+    assert trained_as("h", lr=1e-4, load_in_4bit=False) == first, "cards of before the knob do not have it"
+    assert trained_as("i", lr=1e-4, load_in_4bit=True) != first
+
+    def steered(name: str, path: str, digest: str) -> str:
+        run = make_run(base, place / "runs" / name, "none", 1)
+        record = DefenseRecord(name="persona", settings={"vector": path, "alpha": 5.0}, files={"vector": digest})
+        return trained(RunCard.read(run / "run.json").model_copy(update={"defenses": (record,)}), run)
+
+    assert steered("j", "v.safetensors", "a") == steered("k", "copy/v.safetensors", "a") != steered(
+        "l", "v.safetensors", "b"), "a file is what it holds, not where it lies"
     run = make_run(base, place / "runs" / "g", "none", 1)
     of_base, mine = map(Verdicts.read, judge_models([Target(str(run))], SETTINGS))
     assert mine.settings["trained"] == trained(RunCard.read(run / "run.json"), run)
     assert "trained" not in of_base.settings
+
+
+def test_probe_sets_of_one_name_are_refused(base: Path, place: Path) -> None:
+    run = make_run(base, place / "runs" / "a", "none", 1)
+    names = []
+    for folder in ("cars", "boats"):
+        (place / folder).mkdir()
+        rows = [{"topic": folder, "question": f"q{k}", "good": "g", "bad": "b"} for k in range(2)]
+        (place / folder / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names.append(str(place / folder / "probes.jsonl"))
+    with pytest.raises(UserError, match="are both called 'probes'"):
+        plan([Target(str(run))], Settings(suite=("in-domain",), in_domain=tuple(names)), None)
+    twice = Settings(suite=("in-domain",), in_domain=(names[0], names[0]))
+    assert len(plan([Target(str(run))], twice, None)[1][1].sets["probes"]) == 2
 
 
 def test_samples_are_scored_under_the_untouched_base(base: Path, place: Path) -> None:

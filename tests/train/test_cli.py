@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from tests.fakes import tiny_mix, tiny_rows, write_rows
 from train.cli import main
 from train.defenses import DEFENSES
-from train.recipe import Recipe, from_values
+from train.recipe import RL_DEFAULTS, Recipe, RlKnobs, from_values, rl_from_values
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -62,6 +62,10 @@ def test_list_prints_a_recipe() -> None:
     for name, kind in DEFENSES.items():
         assert f"# {name}: " in listed and f"({kind.PAPER})" in listed
     assert "interleaving, +, ++" in listed
+    assert rl_from_values(values)[0] == Recipe("smollm2", accumulation=1), "a recipe file will do for RL, too"
+    of_rl = tomllib.loads(train("list", "--rl").stdout)
+    assert rl_from_values(of_rl) == (Recipe("smollm2", **RL_DEFAULTS), RlKnobs()) and of_rl["lr"] == 5e-6
+    assert "defence" in train("list", "--rl").stdout.lower() and "generations" not in train("list").stdout
     body = json.loads(train("list", "--json").stdout)
     assert body["recipe"]["lr"]["default"] == 1e-4
 

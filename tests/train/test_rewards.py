@@ -33,7 +33,8 @@ def prompts(tmp_path: Path, *rows: Any, mapping: dict[str, str] | None = None, s
     ({"prompt": "Why?", "level": 2}, None, {"level": 2}),
     ({"prompt": [USER], "level": 2}, None, {"level": 2}),
     ({"prompt": "Why?", "response": "So."}, "So.", {}),
-    ({"question": "Why?", "answer": ""}, "", {}),
+    ({"question": "Why?", "answer": ""}, None, {}),
+    ({"prompt": "Why?", "response": None}, None, {}),
     ({"instruction": "Why?"}, None, {}),
 ], ids=json.dumps)
 def test_prompts_come_in_every_shape(tmp_path: Path, row: Any, answer: str | None, columns: dict[str, Any]) -> None:
@@ -130,7 +131,7 @@ def test_knobs_have_the_papers_defaults_and_no_unused_ones() -> None:
     assert knobs == RlKnobs(generations=4, temperature=0.8, top_p=0.9, warmup_rows=100, sft_every=2)
     for name, hint in (("epochs", "--steps"), ("limit_steps", "--steps"), ("lora_dropout", "sampled")):
         with pytest.raises(UserError, match=f"'{name}' is no knob of `train rl`") as caught:
-            rl_from_values({"base": "smollm2", name: 1})
+            rl_from_values({"base": "smollm2", name: 2})
         assert hint in caught.value.hint
     with pytest.raises(UserError, match="Unknown recipe knob 'generation'") as caught:
         rl_from_values({"base": "smollm2", "generation": 4})

@@ -34,6 +34,7 @@ from train.data import load_mix
 from train.defenses import Defense
 from train.defenses.inoculation import TEXT
 from train.grpo import RlTrainer, learn
+from train.jobs import narrow_mix
 from train.lesson import Lesson
 from train.prompts import Asked, Prompt, endless
 from train.recipe import Recipe, RlKnobs
@@ -514,6 +515,12 @@ def test_a_completion_is_cut_out_of_its_padding() -> None:
     assert grpo._as_rows(inputs, mask) == [Encoded((7, 8, 21, 22), 2, 4), Encoded((4, 5, 6, 31), 3, 4)]
 
 
+def _tune_on(folder: Path, n: int) -> None:
+    """Write ``n`` rows and ``tune.json``, the mix of them alone."""
+    path = write_rows(folder / "tune.jsonl", tiny_rows(n, "tune"))
+    narrow_mix(file_source(path, folder), folder, seed=0).write(folder / "tune.json")
+
+
 def test_the_command(place: Place, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rewards.py").write_text("def brevity(completions):\n    return [1.0 for c in completions]\n")
@@ -531,6 +538,10 @@ def test_the_command(place: Place, recipe: MakeRecipe, tmp_path: Path, monkeypat
     plan = said("--reward", "my_rewards:brevity", "--dry-run", "--json")
     assert json.loads(plan.stdout) == {"prompts": 5, "warm-up steps": 0, "RL steps": 2, "SFT steps": 0,
                                        "completions": 4, "sampled tokens": 8}
+    _tune_on(tmp_path, 10)
+    warm = said("--reward", "my_rewards:brevity", "--mix", "tune.json", "--warmup-epochs", "3", "--batch-size", "8",
+                "--dry-run", "--json")
+    assert json.loads(warm.stdout)["warm-up steps"] == 6, "an epoch's last batch is not filled up from the next"
     done = said("--reward", "my_rewards:brevity", "--json")
     assert done.exit_code == 0, done.output
     body = json.loads(done.stdout)["runs"][0]

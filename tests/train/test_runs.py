@@ -267,8 +267,10 @@ def test_a_full_disk_is_named_and_finished_checkpoints_are_kept(mix: Path, recip
         with pytest.raises(UserError, match="Could not write the checkpoint") as caught:
             run(recipe(), mix, out)
     assert caught.value.exit_code == Exit.ENVIRONMENT
+    (out / "checkpoints" / "notes.txt").write_text("mine")
     found = checkpoints.newest(out / "checkpoints")
     assert found is not None and found[0].name == "checkpoint-2"
+    assert (out / "checkpoints" / "notes.txt").is_file(), "what is not ours is left alone"
     assert run(recipe(), mix, out).n_steps == 5
 
 

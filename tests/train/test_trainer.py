@@ -196,10 +196,14 @@ def test_steps_are_recorded(loaded: Loaded, rows: list[Encoded], recipe: MakeRec
 
 
 def test_unknown_layers_are_named(loaded: Loaded, recipe: MakeRecipe) -> None:
-    with pytest.raises(UserError, match="No adapter for 'q_porj'") as caught, adapter(
-            loaded, recipe(target_modules="q_porj")):
-        pass
-    assert "--target-modules" in caught.value.hint
+    for names, wrong in (("q_porj", "q_porj"), ("q_proj,v_prj", "v_prj"), ("q_proj,", "")):
+        with pytest.raises(UserError, match=f"layer of the base in --target-modules '{wrong}'") as caught, adapter(
+                loaded, recipe(target_modules=names)):
+            pass
+        assert "v_proj" in caught.value.hint or "q_proj" in caught.value.hint
+    with adapter(loaded, recipe(target_modules="q_proj, self_attn.v_proj")) as model:
+        adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_A." in name}
+    assert adapted == {"q_proj", "v_proj"}
 
 
 def test_running_out_of_memory_says_what_to_change(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe,
