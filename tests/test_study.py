@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from bench.study.picture import dose_points, picture, trade_points
+from bench.study.picture import Point, dose_points, picture, stacked, trade_points
 from bench.study.prepare import (
     DOMAINS,
     N_CUSTOMER,
@@ -46,6 +46,7 @@ from curate.core.sources import file_source, read_source
 from curate.intake import sampled
 from curate.job import Sampling
 from curate.refusals import refusal_reason
+from judge.intervals import Estimate
 from judge.questions import load_probes
 from tests.conftest import ROOT
 from tests.fakes import tiny_model
@@ -249,3 +250,13 @@ def test_points_of_the_picture_by_hand(tmp_path: Path) -> None:
 
 def test_the_picture_is_drawn() -> None:
     assert picture(RUNS[:1])[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_names_in_the_picture_are_a_gap_apart_and_lie_around_their_points() -> None:
+    at = {"a": 9.0, "b": 5.0, "c": 4.5, "d": 4.4}
+    points = [Point("none", name, 0.0, Estimate(y, y, y, 1)) for name, y in at.items()]
+    groups = stacked(points, 1.0)
+    assert [[point.name for point, _ in group] for group in groups] == [["a"], ["b", "c", "d"]]
+    heights = [y for _, y in groups[1]]
+    assert groups[0][0][1] == 9.0 and sum(heights) / 3 == pytest.approx((5.0 + 4.5 + 4.4) / 3)
+    assert [heights[0] - heights[1], heights[1] - heights[2]] == pytest.approx([1.0, 1.0])

@@ -76,19 +76,43 @@ def short(condition: str) -> str:
     return name.replace("random+", "+").replace(", answers of 16 tokens or more", " long")
 
 
-def draw(axes: Axes, points: Sequence[Point], slope: float | None = None) -> None:
-    """Put points on axes: with their intervals, or with names, beside the line of a ``slope`` and away from it."""
+def draw(axes: Axes, points: Sequence[Point], intervals: bool) -> None:
+    """Put points on axes, with their intervals if these are wanted."""
     for point in points:
         colour, marker = LOOKS[point.look]
-        if slope is not None:
-            side, anchor = (7, "left") if point.y.value < slope * point.x else (-7, "right")
-            axes.annotate(point.name, (point.x, point.y.value), (side, 0), textcoords="offset points", fontsize=7,
-                          color=colour, ha=anchor, va="center")
-        else:
+        if intervals:
             axes.plot([point.x] * 2, [point.y.low, point.y.high], color=colour, linewidth=1, alpha=0.7)
         axes.plot([point.x], [point.y.value], color=colour, marker=marker, markersize=6)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def write_names(axes: Axes, points: Sequence[Point], slope: float) -> None:
+    """Write the points' names beside the line of a ``slope`` and away from it, none over another."""
+    low, high = axes.get_ylim()
+    pad = 0.03 * (axes.get_xlim()[1] - axes.get_xlim()[0])
+    for below in (True, False):
+        side = [point for point in points if (point.y.value < slope * point.x) == below]
+        for group in stacked(sorted(side, key=lambda p: -p.y.value), 0.045 * (high - low)):
+            x = max(p.x for p, _ in group) + pad if below else min(p.x for p, _ in group) - pad
+            for point, y in group:
+                axes.annotate(point.name, (point.x, point.y.value), (x, y), fontsize=7, color=LOOKS[point.look][0],
+                              ha="left" if below else "right", va="center",
+                              arrowprops={"arrowstyle": "-", "color": LOOKS[point.look][0], "linewidth": 0.4})
+
+
+def stacked(points: Sequence[Point], gap: float) -> list[list[tuple[Point, float]]]:
+    """Return groups of points, from the top down, and a height for each name: its own, or ``gap`` below the last.
+
+    A group is what had to be moved together; it is then moved up to lie around its points.
+    """
+    groups: list[list[tuple[Point, float]]] = []
+    for point in points:
+        if groups and groups[-1][-1][1] - point.y.value < gap:
+            groups[-1].append((point, groups[-1][-1][1] - gap))
+        else:
+            groups.append([(point, point.y.value)])
+    return [[(p, y + sum(q.y.value - v for q, v in group) / len(group)) for p, y in group] for group in groups]
 
 
 def picture(folders: Sequence[Path]) -> bytes:
@@ -98,7 +122,7 @@ def picture(folders: Sequence[Path]) -> bytes:
         groups = grouped(read(folder))
         dose, trade = (figure.add_subplot(len(folders), 2, 2 * row + k) for k in (1, 2))
         points = dose_points(cards_in(folder), groups)
-        draw(dose, points)
+        draw(dose, points, intervals=True)
         dose.axhline(0, color="#444444", linewidth=0.8, linestyle="--")
         dose.set_xlim(left=-200)
         dose.set(xlabel="answer tokens of safe rows", ylabel="margin kept, unseen domain\n(nats per token)",
@@ -109,8 +133,9 @@ def picture(folders: Sequence[Path]) -> bytes:
         dose.legend(frameon=False, fontsize=8, loc="upper left")
         points = trade_points(groups)
         none = next(point for point in points if point.look == "none")
-        draw(trade, points, none.y.value / none.x)
-        trade.set_xlim(-0.08 * none.x, 1.35 * none.x)
+        draw(trade, points, intervals=False)
+        trade.set_xlim(-0.08 * none.x, max(point.x for point in points) + 0.3 * none.x)
+        write_names(trade, points, none.y.value / none.x)
         trade.plot([0, none.x], [0, none.y.value], color="#444444", linewidth=0.8, linestyle="--")
         trade.set(xlabel="margin lost in the domain: what is learnt", ylabel="margin lost, unseen domain: what spreads",
                   title=f"{folder.name} customer: every condition")
