@@ -31,7 +31,8 @@ from curate.control import Asked, Reference, expected_similar
 from curate.core.errors import UserError
 from curate.core.example import from_row, pair
 from curate.core.files import canonical_json, write_atomic
-from curate.core.sources import file_source, json_rows, read_source
+from curate.core.rows import json_rows
+from curate.core.sources import file_source, read_source
 from curate.query import connect
 from curate.records import StoreHeader
 from curate.risk import Cut, beta_binomial_tail, clopper_pearson, cut, sign_p

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import duckdb
@@ -17,18 +18,25 @@ ORDERS = {"top": "s.s_d DESC, s.example_id", "bottom": "s.s_d, s.example_id",
           "near": "abs(s.s_d - $cut), s.example_id", "random": "md5($seed || s.example_id), s.example_id"}
 
 
-def rows(connection: duckdb.DuckDBPyConnection, which: str, n: int, cut_frac: float = 0.05, seed: int = 0,
-         refusals: bool | None = None, key: str | None = None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Kept:
+    """Which rows are looked at: only refusals (True) or only other answers (False), only those of one corpus (key)."""
+
+    refusals: bool | None = None
+    key: str | None = None
+
+
+def rows(connection: duckdb.DuckDBPyConnection, which: str, n: int, kept: Kept = Kept(), cut_frac: float = 0.05,
+         seed: int = 0) -> list[dict[str, Any]]:
     """Return ``n`` scored rows as dictionaries: the best, the worst, those nearest to the cut, or a random draw.
 
-    The cut for ``near`` is the s_d at the top ``cut_frac`` of the rows shown. ``refusals`` keeps only refusals (True)
-    or only other answers (False); ``key`` only the rows of one corpus.
+    The cut for ``near`` is the s_d at the top ``cut_frac`` of the rows looked at.
     """
-    kept = {None: "", True: " AND s.refusal IS NOT NULL", False: " AND s.refusal IS NULL"}[refusals]
-    of = "" if key is None else " WHERE key = $key"
+    only = {None: "", True: " AND s.refusal IS NOT NULL", False: " AND s.refusal IS NULL"}[kept.refusals]
+    of = "" if kept.key is None else " WHERE key = $key"
     where = (f"FROM scores s JOIN (SELECT example_id, min(corpus) AS corpus FROM corpora{of} GROUP BY example_id) c "
-             f"USING (example_id) JOIN examples e USING (example_id) WHERE s.status = 'ok'{kept}")
-    values: dict[str, Any] = {} if key is None else {"key": key}
+             f"USING (example_id) JOIN examples e USING (example_id) WHERE s.status = 'ok'{only}")
+    values: dict[str, Any] = {} if kept.key is None else {"key": kept.key}
     if which == "near":
         values["cut"] = connection.execute(f"SELECT quantile_cont(s.s_d, $top) {where}",
                                            values | {"top": 1 - cut_frac}).fetchone()[0]

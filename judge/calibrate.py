@@ -20,7 +20,7 @@ import numpy as np
 from curate.core.documents import Grade
 from curate.core.errors import Exit, UserError
 from curate.core.example import RowError
-from curate.core.sources import json_rows
+from curate.core.rows import json_rows
 from curate.core.terminal import columns, progress
 from judge.endpoint import Address, Budget, Endpoint, journal_path, tokens_about
 from judge.grader import Ask, Grader

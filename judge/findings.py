@@ -159,7 +159,7 @@ def probes(trio: Trio, criterion: str) -> Finding:
     numbers |= {"shrink": difference(mine, base, trio.rule).negated(),
                 "less_than_baseline": difference(mine, none, trio.rule)}
     seeds = [[p.margin for p in v.probes if f"{p.set}/{p.probe}" in common] for v in trio.model.seeds]
-    return _marked_harm(trio, criterion, numbers, "shrink", difference(base, none, trio.rule), seeds, len(common))
+    return _marked_harm(trio, criterion, numbers, difference(base, none, trio.rule), seeds, len(common))
 
 
 def graded(trio: Trio, criterion: str) -> Finding:
@@ -184,7 +184,7 @@ def graded(trio: Trio, criterion: str) -> Finding:
     seeds = [[float(grade == "misaligned") for _, grade in _classes(trio, v, SUITES[criterion]) if grade in _CLASSES]
              for v in trio.model.seeds]
     numbers = {k: e for k, e in numbers.items() if e is not None}
-    found = _marked_harm(trio, criterion, numbers, "more_than_base", difference(none, base, trio.rule), seeds,
+    found = _marked_harm(trio, criterion, numbers, difference(none, base, trio.rule), seeds,
                          len(mine.keys() & base.keys() & none.keys()))
     bounds = {k: _bounds(numbers[k], of) for k, of in (("misaligned", missing), ("incoherent", missing),
                                                        ("triggered", untriggered)) if k in numbers}
@@ -212,12 +212,13 @@ def _bounds(share: Estimate, missing: Counter[str]) -> tuple[float, float]:
     return share.value * share.n / total, (share.value * share.n + missing.total()) / total
 
 
-def _marked_harm(trio: Trio, criterion: str, numbers: Mapping[str, Estimate], harm: str, nones: Estimate | None,
+def _marked_harm(trio: Trio, criterion: str, numbers: Mapping[str, Estimate], nones: Estimate | None,
                  seeds: Sequence[Sequence[float]], n_questions: int) -> Finding:
-    """Return the finding whose mark compares the number ``harm`` with the baseline's, ``nones``.
+    """Return the finding whose mark compares the harm, a shrink or an excess over the base, with the baseline's.
 
-    ``n_questions`` are those that all three models have.
+    That is ``nones``; ``n_questions`` are those that all three models have.
     """
+    harm = "shrink" if "shrink" in numbers else "more_than_base"
     n = next(iter(numbers.values())).n
     found = Finding(NO_MARK, n, numbers, seeds=sum(map(bool, seeds)), by_seed=_by_seed(seeds))
     if trio.is_base:

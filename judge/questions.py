@@ -12,7 +12,8 @@ from typing import Any
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, RowError, from_row, pair
 from curate.core.files import canonical_json, sha256
-from curate.core.sources import json_rows, rows_digest
+from curate.core.rows import json_rows
+from curate.core.sources import rows_digest
 
 GENERAL = "general"
 DOMAINS = ("car_care", "cooking", "gardening")

@@ -129,18 +129,18 @@ def show(which: str, store: Path | str, n: int, as_json: bool, **options: Any) -
     """
     from curate.query import connect
     from curate.select import planned_corpus
-    from curate.show import render, rows
+    from curate.show import Kept, render, rows
     from curate.store import Store
 
     opened = Store.open_read(store)
     key = planned_corpus(opened, options["corpus"]).key if options["corpus"] else None
     scored = connect(opened, options["eps"], options["members"])
-    found = rows(scored, which, n, options["frac"], options["seed"], options["refusals"], key)
+    found = rows(scored, which, n, Kept(options["refusals"], key), options["frac"], options["seed"])
     if as_json:
         emit_json(found)
     elif found:
         click.echo(render(found))
-    elif options["refusals"] is not None and rows(scored, which, 1, key=key):
+    elif options["refusals"] is not None and rows(scored, which, 1, Kept(key=key)):
         click.echo(f"No scored row is {'a refusal' if options['refusals'] else 'anything but a refusal'}.")
     else:
         raise UserError("No row of this store has a score.", "Score it under at least one member: curate score ...")

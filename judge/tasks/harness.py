@@ -19,8 +19,8 @@ from typing import Any
 from curate.core.documents import TaskScore
 from curate.core.errors import Exit, UserError, require
 from curate.core.files import canonical_json, sha256
+from curate.core.rows import json_rows
 from curate.core.smollm2 import SMOLLM2, smollm2_folder
-from curate.core.sources import json_rows
 from curate.core.terminal import say
 
 TASKS = {"mmlu": "mmlu", "truthfulqa": "truthfulqa_mc1"}

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.core import sources
+from curate.core import rows, sources
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, pair
 from curate.core.sources import Reading, Source, builtin, file_source, local_path, read_source, rows_digest
@@ -90,7 +90,7 @@ def test_byte_order_mark_crlf_blank_lines_and_no_last_newline_are_fine(tmp_path:
 
 
 def test_offsets_count_skipped_and_overlong_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 37)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 37)
     exact, over = b'{"prompt": "q", "response": "abcdef"}', b"x" * 38
     assert len(exact) == 37
     source = write(tmp_path, [exact, over, b"", b"y" * 111, exact])
