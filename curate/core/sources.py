@@ -138,8 +138,7 @@ def read_source(source: Source, root: Path, reading: Reading | None = None, max_
 
     A row that is no example ends the reading with a ``UserError`` (bad data) that names line and byte; with
     ``max_bad`` > 0 up to that share of rows is let through the net, and written to ``rejects`` as JSON Lines (a file
-    that is removed where there are none). None
-    is 0 where the user cannot ask for more.
+    that is removed where there are none). None is 0 where the user cannot ask for more.
     """
     reading = reading if reading is not None else Reading()
     for place, row in _rows(source, root):
