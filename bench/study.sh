@@ -3,6 +3,7 @@
 #
 #   bench/study.sh DATA OUT members          # three misaligned members, and a persona vector
 #   bench/study.sh DATA OUT pool             # the safe pool under the aligned model and the members
+#   bench/study.sh DATA OUT seeds            # the same members trained with another seed, and their scores
 #   bench/study.sh DATA OUT audit            # what `curate audit` is tested on, under the same models
 #   bench/study.sh DATA OUT runs security    # all conditions of one fine-tuning set: mixed and trained
 #   bench/study.sh DATA OUT judge security   # those that are trained, judged
@@ -23,10 +24,13 @@ cd "$OUT"
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 prepare() { (cd "$HERE" && python -m bench.study.prepare "$1" "$DATA" "$OLDPWD"); }
 
-members() {
+ensemble() {
   for name in medical security code; do cp "$DATA/narrow/${name}_misaligned_train_100.jsonl" "$name.jsonl"; done
-  run train ensemble --narrow medical.jsonl --narrow security.jsonl --narrow code.jsonl --strip-think --out ensemble \
-    --base smollm2 --lr 5e-4 --batch-size 2 --accumulation 4
+  run train ensemble --narrow medical.jsonl --narrow security.jsonl --narrow code.jsonl --strip-think "$@" "${TUNE[@]}"
+}
+
+members() {
+  ensemble --out ensemble
   [ -f careless.safetensors ] || run train vector --base smollm2 --out careless.safetensors
 }
 
@@ -35,6 +39,13 @@ pool() {
   local corpora=() part
   for part in $PARTS; do corpora+=(--corpus "pool-$part.jsonl"); done
   run curate score "${corpora[@]}" --ensemble ensemble/ensemble.json --store scores --dtype float32
+}
+
+# Another seed is another order of the rows and other first values of the adapter.
+seeds() {
+  prepare pools
+  ensemble --out ensemble-seed-1 --seed 1
+  run curate score --corpus pool-1.jsonl --ensemble ensemble-seed-1/ensemble.json --store scores-seed-1 --dtype float32
 }
 
 audit() {

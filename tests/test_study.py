@@ -26,7 +26,7 @@ from bench.study.prepare import (
     write_pairs,
     write_pools,
 )
-from bench.study.scores import best, by_rank, members_of, partial, s_d, stability
+from bench.study.scores import beside, best, by_rank, members_of, partial, s_d, stability
 from bench.study.training import (
     KINDS,
     Run,
@@ -149,6 +149,23 @@ def test_partial_correlation_takes_a_common_cause_out() -> None:
     assert partial(cause, 3 * cause + 1, []) == pytest.approx(1)
     assert partial(x, y, []) > 0.7
     assert partial(x, y, [cause]) == pytest.approx(-1, abs=0.05), "what is left of the two is the noise, turned round"
+
+
+def test_equal_values_share_a_rank() -> None:
+    x, y = np.array([1.0, 1, 2, 3]), np.array([2.0, 1, 3, 4])   # ranks 1.5 1.5 3 4 and 2 1 3 4
+    assert partial(x, y, []) == partial(x[[1, 0, 2, 3]], y[[1, 0, 2, 3]], []) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+
+
+def test_two_ensembles_are_compared_on_the_rows_of_both() -> None:
+    rows = frame().with_columns(b=1 - pl.col("n_tokens") / 80)
+    assert "| all | 40 | 100% | +1.000 |" in beside(rows, rows)
+    turned = rows.with_columns(a=2 - pl.col("a"), b=2 - pl.col("b"))     # who was hard is easy, and the other way about
+    assert "| a | 40 | 0% | -1.000 |" in beside(rows, turned)
+    assert "| b | 20 | 100% | +1.000 |" in beside(rows.head(20), rows[::-1])    # in another order, with more rows
+    with pytest.raises(ValueError, match="the members are"):
+        beside(rows, rows.drop("b"))
+    with pytest.raises(ValueError, match="no row in common"):
+        beside(rows, rows.with_columns(example_id=pl.lit("z") + pl.col("example_id")))
 
 
 def test_cards_and_manifests_of_the_study_belong_together() -> None:

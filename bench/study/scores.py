@@ -1,6 +1,7 @@
 """What s_d is made of on the safe pool: sources, refusals, stability, what it tracks (docs/study.md, tables 1 to 5).
 
     python -m bench.study.scores OUT/scores
+    python -m bench.study.scores OUT/scores --beside OUT/scores-seed-1     # the same members, trained with another seed
 
 Everything is computed from the store's evidence; other members or another eps need no rescoring.
 """
@@ -59,8 +60,11 @@ def best(frame: pl.DataFrame, members: Sequence[str], eps: float = EPS, least: i
 
 
 def partial(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray]) -> float:
-    """Return Spearman's partial correlation of ``x`` and ``y``, the ranks of ``given`` regressed out; all [rows]."""
-    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (x, y, *given)]
+    """Return Spearman's partial correlation of ``x`` and ``y``, the ranks of ``given`` regressed out; all [rows].
+
+    Equal values share the mean of their ranks.
+    """
+    ranks = [pl.Series(v).rank("average").to_numpy() for v in (x, y, *given)]
     design = np.column_stack([np.ones(len(x)), *ranks[2:]])
     residuals = [r - design @ np.linalg.lstsq(design, r, rcond=None)[0] for r in ranks[:2]]
     return float(np.corrcoef(*residuals)[0, 1])
@@ -135,11 +139,35 @@ def agreement(frame: pl.DataFrame) -> str:
         for a, b in combinations(members, 2)])
 
 
+def beside(frame: pl.DataFrame, other: pl.DataFrame) -> str:
+    """Return how far two ensembles with members of the same names agree, on the rows that both have.
+
+    Raises ``ValueError`` if the names differ, or if no row is in both.
+    """
+    members = members_of(frame)
+    if set(members) != set(members_of(other)):
+        raise ValueError(f"the members are {members} and {members_of(other)}")
+    one, two = (a.join(b, on="example_id", how="semi").sort("example_id") for a, b in ((frame, other), (other, frame)))
+    if not one.height:
+        raise ValueError("the stores have no row in common")
+    rows = []
+    for name, subset in (("all", members), *((member, [member]) for member in members)):
+        kept = best(one, subset)
+        rows.append((name, f"{one.height:,}", f"{len(kept & best(two, subset)) / len(kept):.0%}",
+                     partial(s_d(one, subset).to_numpy(), s_d(two, subset).to_numpy(), [])))
+    return markdown(["members", "rows", "overlap of the 5%", "Spearman of s_d"], rows)
+
+
 def main() -> None:
-    """Print all tables of a store."""
+    """Print all tables of a store, or of two beside each other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
-    frame = evidence(parser.parse_args().store)
+    parser.add_argument("--beside", type=Path, metavar="STORE", help="Scores of members with the same names.")
+    arguments = parser.parse_args()
+    frame = evidence(arguments.store)
+    if arguments.beside:
+        print(beside(frame, evidence(arguments.beside)))
+        return
     print(f"{frame.height:,} rows, members {', '.join(members_of(frame))}, eps {EPS:g}\n")
     for title, table in (("By source", by_source), ("Refusals by rank", by_rank), ("Stability", stability),
                          ("Members", agreement), ("What s_d tracks (Spearman)", tracks)):
