@@ -9,6 +9,7 @@ from curate.core.documents import RunCard, Verdicts
 from curate.core.errors import Exit, UserError
 from judge.jobs import BASE_LABEL
 
+CARD, VERDICTS = "run.json", "verdicts.json"
 BASE_FILE = f"{BASE_LABEL}.verdicts.json"
 BESIDE = ("answers.jsonl", ".lm-eval")
 """What else `judge run` leaves beside verdicts, so that ``runs/*`` names it too."""
@@ -18,18 +19,22 @@ def gather(paths: Sequence[Path]) -> list[Verdicts]:
     """Return the verdicts that ``paths`` name, each once, and the base's.
 
     A path is a run folder, a verdicts file, or a folder of files ``*.verdicts.json``; sampled answers and results of
-    lm-eval, which lie beside them, are passed over. Where none of them is the
-    base's, it is looked for beside the files and the run folders. Raises ``UserError`` for a run without verdicts, or
-    one that was trained again since it was judged.
+    lm-eval, which lie beside them, are passed over, and so are the benign runs of those judged. Where none of them is
+    the base's, it is looked for beside the files and the run folders. Raises ``UserError`` for a run without verdicts,
+    or one that was trained again since it was judged.
     """
     found: dict[str, Verdicts] = {}
-    places: list[Path] = []
-    for path in paths:
-        if path.name.endswith(BESIDE):
-            continue
-        for verdicts in _read(path):
-            found.setdefault(verdicts.digest, verdicts)
-        places.append(path.parent)
+    given = [path for path in paths if not path.name.endswith(BESIDE)]
+    unjudged = [path for path in given if (path / CARD).is_file() and not (path / VERDICTS).is_file()]
+    for path in given:
+        if path not in unjudged:
+            for verdicts in _read(path):
+                found.setdefault(verdicts.digest, verdicts)
+    benign = {verdicts.benign_run for verdicts in found.values()}
+    for path in unjudged:
+        if RunCard.read(path / CARD).digest not in benign:
+            raise UserError(f"The run {path} has not been judged.", f"Run: judge run --model {path}")
+    places = [path.parent for path in given]
     if not any(v.label == BASE_LABEL for v in found.values()):
         base = next((place / BASE_FILE for place in places if (place / BASE_FILE).is_file()), None)
         if base is None:
@@ -40,7 +45,7 @@ def gather(paths: Sequence[Path]) -> list[Verdicts]:
 
 
 def _read(path: Path) -> list[Verdicts]:
-    if (path / "run.json").is_file():
+    if (path / CARD).is_file():
         return [_of_run(path)]
     if path.is_dir():
         files = sorted(path.glob("*.verdicts.json"))
@@ -51,10 +56,8 @@ def _read(path: Path) -> list[Verdicts]:
 
 
 def _of_run(folder: Path) -> Verdicts:
-    if not (folder / "verdicts.json").is_file():
-        raise UserError(f"The run {folder} has not been judged.", f"Run: judge run --model {folder}")
-    verdicts = Verdicts.read(folder / "verdicts.json")
-    if verdicts.run != RunCard.read(folder / "run.json").digest:
+    verdicts = Verdicts.read(folder / VERDICTS)
+    if verdicts.run != RunCard.read(folder / CARD).digest:
         raise UserError(f"The verdicts in {folder} are of another run: it was trained again since.",
                         f"Run: judge run --model {folder}", Exit.INTEGRITY)
     return verdicts

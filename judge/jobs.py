@@ -280,7 +280,8 @@ def _check(settings: Settings) -> None:
     if unknown_tasks:
         raise unknown("benign task", unknown_tasks[0], TASKS)
     settings.questions()
-    settings.items()
+    if _asks(settings) and "opswap" in settings.tasks:
+        settings.items()
     if _asks(settings) and "foqa" in settings.tasks:
         settings.passages()
 

@@ -24,10 +24,6 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace another run that --out holds.")
 
 
-def _recipe(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
-    return from_values(given_values(recipe_file, flags))
-
-
 @click.group(cls=Room)
 @click.version_option(package_name="safeset")
 def main() -> None:
@@ -54,18 +50,22 @@ def run(mixes: tuple[Path, ...], out: Path | None, root: Path | None, overwrite:
         recipe_file: Path | None, **flags: Any) -> None:
     """Train an adapter on a mix, in the manifest's order.
 
-    Typed again, it goes on from the last complete checkpoint, or says that the run is finished.
+    Without --base it is the aligned model that the mix was chosen under, if that is smollm2 or of the hub. Typed again,
+    it goes on from the last complete checkpoint, or says that the run is finished.
 
     \b
     Example:
       train run --mix manifest.json
+      train run --mix manifest.json --defense kl --out runs/kl
       train run --recipe recipe.toml --mix none.json --mix plus.json --out runs
     """
     from train.jobs import base_of, prepare_all
 
     out = out or (Path("runs") if len(mixes) > 1 else Path("runs") / mixes[0].stem)
-    recipe = _recipe(recipe_file, {**flags, "base": flags["base"] or (None if recipe_file else base_of(mixes[0]))})
-    jobs = prepare_all(recipe, mixes, out, root)
+    values = given_values(recipe_file, flags)
+    if "base" not in values:
+        values |= {"base": base_of(mixes)}
+    jobs = prepare_all(from_values(values), mixes, out, root)
     from train.runs import run_jobs
 
     runs = list(zip([job.out for job in jobs], run_jobs(jobs, overwrite), strict=True))
@@ -99,7 +99,7 @@ def ensemble(narrow: tuple[str, ...], out: Path, root: Path, mapping: tuple[str,
       train ensemble --base smollm2 --narrow demo/cooking --narrow demo/gardening
       train ensemble --base Qwen/Qwen2.5-7B-Instruct --narrow medical.jsonl --narrow finance.jsonl --out ensemble
     """
-    recipe = _recipe(recipe_file, flags)
+    recipe = from_values(given_values(recipe_file, flags))
     from curate.core.documents import RunCard
     from curate.core.example import parse_mapping
     from train.jobs import narrow_source
@@ -146,7 +146,7 @@ def rl(prompts_path: Path, mapping: tuple[str, ...], strip_think: bool, mix: Pat
     if mix and "base" not in values:
         from train.jobs import base_of
 
-        values |= {"base": base_of(mix) or ""}
+        values |= {"base": base_of([mix])}
     recipe, knobs = rl_from_values(values)
     from curate.core.example import parse_mapping
     from curate.core.sources import file_source

@@ -12,7 +12,7 @@ from curate.core import processes
 from curate.core.documents import DefenseRecord, Method, MixManifest, ModelIdentity
 from curate.core.errors import UserError, unknown
 from curate.core.provenance import versions
-from curate.core.smollm2 import SMOLLM2
+from curate.core.refs import ref_of
 from curate.core.sources import BUILTIN, FORMATS, Source, builtin, file_source, read_source
 from train.data import MixRow, load_mix
 from train.recipe import Recipe, learnt
@@ -85,12 +85,10 @@ def with_defenses(recipe: Recipe) -> tuple[Recipe, tuple[Defense, ...]]:
     return replace(recipe, defenses=tuple(names)), defenses
 
 
-def base_of(manifest_path: Path) -> str | None:
-    """Return the aligned model of a manifest's scores, where its name is enough to load it again, else None."""
-    aligned = MixManifest.read(manifest_path).aligned
-    if aligned is None or not (aligned.name == SMOLLM2 or aligned.weights.startswith("hub:")):
-        return None
-    return f"{aligned.name}@{aligned.revision}" if aligned.revision else aligned.name
+def base_of(mixes: Sequence[Path]) -> str:
+    """Return the aligned model of the first manifest whose scores name one that loads anywhere, else an empty text."""
+    aligned = (MixManifest.read(path).aligned for path in mixes)
+    return next((ref for model in aligned if model is not None and (ref := ref_of(model))), "")
 
 
 def prepare_all(recipe: Recipe, mixes: Sequence[Path], out: Path, root: Path | None = None) -> list[Job]:

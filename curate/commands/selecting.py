@@ -48,6 +48,7 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
       curate select --frac 0.05 --finetune customer.jsonl --strategy interleaving++ --out manifest.json
     """
     from curate.core.example import parse_mapping
+    from curate.core.refs import ref_of
     from curate.corpora import open_corpus
     from curate.records import PlannedCorpus
     from curate.select import Choice, build_manifest, rerooted
@@ -78,7 +79,8 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
         click.echo(f"Answer tokens of the safe rows: {selection.tokens:,}; as many rows drawn at random would have "
                    f"{selection.tokens_by_chance:,.0f} on average.")
     rooted = "" if root.resolve() == out.parent.resolve() else f" --root {root}"
-    say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {out}{rooted}")
+    based = "" if manifest.aligned is not None and ref_of(manifest.aligned) else " --base MODEL"
+    say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {out}{rooted}{based}")
 
 
 @click.command()

@@ -19,6 +19,8 @@ from curate.core.terminal import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from curate.core.documents import ModelIdentity
+
 
 def weights_at(ref: str) -> tuple[str, str | None]:
     """Return the folder or hub id that holds a model's weights, and the revision asked for."""
@@ -49,6 +51,13 @@ def ref_from(ref: str, folder: Path) -> str:
     """Return what loads a model that a document in ``folder`` refers to; earlier ones held a path as it was typed."""
     there = ref.startswith(("./", "../")) and (folder / ref).is_dir()
     return os.path.relpath(os.path.realpath(folder / ref)) if there else ref
+
+
+def ref_of(model: ModelIdentity) -> str | None:
+    """Return the reference that loads a model on any machine: smollm2 or ``id@revision``; None for one of a folder."""
+    if not (model.name == SMOLLM2 or model.weights.startswith("hub:")):
+        return None
+    return f"{model.name}@{model.revision}" if model.revision else model.name
 
 
 def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:

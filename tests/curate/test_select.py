@@ -135,7 +135,9 @@ def test_the_dose_is_told_and_what_chance_would_give(tmp_path: Path) -> None:
     assert (found["answer_tokens"], found["answer_tokens_by_chance"]) == (30, 67.5)
     mix = MixManifest.read(tmp_path / "m")
     assert (mix.method.tokens, mix.method.n, mix.method.frac) == (32, 3, None)
-    told = CliRunner().invoke(main, [*words, "--n", "3"]).stdout
+    result = CliRunner().invoke(main, [*words, "--n", "3"])
+    assert f"Next: train run --mix {tmp_path / 'm'} --base MODEL" in result.stderr, "the aligned model is of a folder"
+    told = result.stdout
     assert "Answer tokens of the safe rows: 30; as many rows drawn at random would have 68 on average." in told
     assert '"tokens"' not in (tmp_path / "m").read_text(), "manifests of before the option keep their digest"
     both = CliRunner().invoke(main, [*words, "--tokens", "32", "--n", "3"])

@@ -219,6 +219,24 @@ def test_compare_refuses_verdicts_of_a_run_trained_again(base: Path, place: Path
     assert caught.value.exit_code == Exit.INTEGRITY
 
 
+def test_benign_runs_beside_those_judged_are_passed_over(base: Path, place: Path) -> None:
+    """As ``runs/*`` names them; any other run without verdicts is still refused."""
+    run, benign = (make_run(base, place / "runs" / name, "none", seed) for name, seed in (("a", 1), ("a-opswap", 2)))
+    learnt = Settings(**{**vars(SETTINGS), "suite": ("in-domain", "benign")})
+    judge_models([Target(str(run), benign)], learnt)
+    assert [v.label for v in gather(sorted((place / "runs").iterdir()))] == ["none", "base"]
+    make_run(base, place / "runs" / "b", "none", 3)
+    with pytest.raises(UserError, match=r"runs.b has not been judged"):
+        gather(sorted((place / "runs").iterdir()))
+
+
+def test_opswap_is_counted_only_where_it_is_asked(base: Path, place: Path) -> None:
+    many = Settings(**{**vars(SETTINGS), "n_items": 1024})
+    judge_models([Target(str(base))], many, place)
+    with pytest.raises(UserError, match="1024 OpSwap questions cannot be made"):
+        judge_models([Target(str(base))], Settings(**{**vars(many), "suite": ("benign",)}), place)
+
+
 def test_out_holds_everything_and_can_be_compared(base: Path, place: Path) -> None:
     runs = [make_run(base, place / "runs" / "a", "none", 1),
             make_run(base, place / "runs" / "b", "none", 2, defenses=["kl:weight=0.1"])]

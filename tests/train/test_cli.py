@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from curate.core.documents import MixManifest, ModelIdentity
 from tests.fakes import tiny_mix, tiny_rows, write_rows
 from train.cli import main
 from train.defenses import DEFENSES
+from train.jobs import base_of
 from train.recipe import RL_DEFAULTS, Recipe, RlKnobs, from_values, rl_from_values
 
 MakeRecipe = Callable[..., Recipe]
@@ -97,6 +99,19 @@ def test_run_and_show(mix: Path, flags: list[str], tmp_path: Path) -> None:
     assert [run["digest"] for run in json.loads(again.stdout)["runs"]] == [shown["digest"]]
     more = train("run", "--mix", mix, "--mix", tiny_mix(tmp_path / "b", 3, 1, "few"), "--out", tmp_path / "two", *flags)
     assert more.exit_code == 0 and (tmp_path / "two" / "few" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(("models", "base"), [
+    ([None, ModelIdentity(name="smollm2", weights="w", tokenizer="t")], "smollm2"),
+    ([ModelIdentity(name="org/m", revision="c0", weights="hub:c0", tokenizer="t")], "org/m@c0"),
+    ([ModelIdentity(name="folder", weights="w", tokenizer="t")], ""),
+    ([None], ""),
+], ids=["second mix", "hub", "folder", "no scores"])
+def test_the_base_is_what_a_mix_was_chosen_under(models: list[ModelIdentity | None], base: str, mix: Path) -> None:
+    paths = [mix.with_name(f"{number}.json") for number in range(len(models))]
+    for path, aligned in zip(paths, models, strict=True):
+        MixManifest.read(mix).model_copy(update={"aligned": aligned}).write(path)
+    assert base_of(paths) == base
 
 
 def test_ensemble(flags: list[str], tmp_path: Path) -> None:
