@@ -39,7 +39,7 @@ def step(module: objective.Objective, rows: Sequence[Encoded], way: str) -> tupl
     """Take the gradient of one step; return tokens/s and the loss in nats per target."""
     objective.rows_nll, along_paths = WAYS[way]
     start = time.perf_counter()
-    batch = collate(rows, 256, along_paths)["packed"]
+    batch = collate(rows, 256, along_paths=along_paths)["packed"]
     loss = module(batch)[0] / len(batch.targets)
     loss.backward()
     module.zero_grad()

@@ -7,6 +7,7 @@ them; where the last step of an epoch has too few rows for all, a process works 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,14 +69,18 @@ class Shares(Sampler[list[int]]):
         return whole * -(-self.step // together) + -(-rest // together)
 
 
-def collate(rows: Sequence[Encoded], capacity: int, along_paths: bool = False) -> Batch:
+def collate(rows: Sequence[Encoded], capacity: int, window: int = sys.maxsize, along_paths: bool = False) -> Batch:
     """Return one micro batch, packed; what all its rows begin with is in it once per sequence.
 
     With ``along_paths`` it is one sequence. Otherwise, of the layouts with sequences of up to about ``capacity``
-    tokens, it is the one with the fewest positions, padding included.
+    tokens, it is the one with the fewest positions, padding included. If a row is longer than the model's ``window``,
+    which a mask of ours would not keep to, every row is a sequence of its own, without a mask.
     """
+    if any(len(row.ids) > window for row in rows):
+        return {"packed": pack(rows, [[number] for number in range(len(rows))])}
     if along_paths:
         return {"packed": pack(rows, [range(len(rows))], along_paths=True)}
+    capacity = min(capacity, window)
     layouts = [pack(rows, plan(rows, size)) for size in range(capacity // 2, capacity + 1, max(1, capacity // 16))]
     return {"packed": min(layouts, key=lambda layout: layout.input_ids.numel())}
 

@@ -153,8 +153,8 @@ class RlTrainer(GRPOTrainer):
 
     def _losses(self, rows: Sequence[Encoded], **how: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the targets of ``rows`` cost and its parts; see ``Objective``."""
-        room = min(self.lesson.recipe.pack_tokens, window(self.model))
-        return self.objective(collate(rows, room)["packed"].to(self.args.device), **how)
+        batch = collate(rows, self.lesson.recipe.pack_tokens, window(self.model))["packed"]
+        return self.objective(batch.to(self.args.device), **how)
 
     def _compute_loss(self, model: PeftModel, inputs: dict[str, Any]) -> torch.Tensor:
         """Return trl's loss and the penalties of defences on the completions that have a reward."""

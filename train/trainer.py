@@ -71,12 +71,11 @@ class MixTrainer(Trainer):
                  defenses: Sequence[Defense] = (), world: World = World()) -> None:
         self.plan = schedule(rows, recipe)
         self.recipe, self.defenses, self.world = recipe, defenses, world
-        shortest, room = min(rows, key=lambda row: len(row.ids)), min(recipe.pack_tokens, window(model))
+        shortest, room = min(rows, key=lambda row: len(row.ids)), (recipe.pack_tokens, window(model))
         super().__init__(
             model=model, args=_arguments(recipe, folder, self.plan.n_steps, world), train_dataset=list(rows),
-            data_collator=lambda some: collate(some, room, self.along_paths) if some else without_targets(shortest))
-        self.along_paths = (self.args.device.type == "cpu" and apart(body(model))
-                            and all(len(row.ids) <= window(model) for row in rows))
+            data_collator=lambda some: collate(some, *room, self.along_paths) if some else without_targets(shortest))
+        self.along_paths = self.args.device.type == "cpu" and apart(body(model))
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.objective = Objective(model, defenses)

@@ -30,7 +30,7 @@ from curate.core.example import Example, Message
 from curate.core.files import canonical_json, sha256, write_atomic
 from curate.core.generate import SampleSettings, sample
 from curate.core.model import Loaded, load
-from curate.core.nll import AnswerNll, answer_nll, default_budget, hidden_states
+from curate.core.nll import AnswerNll, answer_nll, default_budget, hidden_states, window
 from curate.core.pack import pack, plan
 from curate.core.provenance import git_state, versions
 from curate.core.terminal import progress, say
@@ -290,7 +290,7 @@ def mean_states(loaded: Loaded, examples: Sequence[Example]) -> torch.Tensor:
     states = range(len(layers(loaded.model)) + 1)
     total = torch.zeros(len(states), loaded.model.config.hidden_size, dtype=torch.float64)
     with progress("hidden states", len(encoded), "answers") as state, torch.inference_mode():
-        for members in plan(encoded, default_budget(loaded.device).capacity):
+        for members in plan(encoded, min(default_budget(loaded.device).capacity, window(loaded.model))):
             total += _answer_sums(loaded, encoded, members, states)
             state.advance(len(members))
     return total / len(encoded)

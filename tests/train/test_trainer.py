@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, Message
 from curate.core.model import Loaded, load
+from curate.core.nll import window
 from curate.core.pack import Packed
-from tests.fakes import tiny_rows
+from tests.fakes import VOCABULARY, tiny_rows
 from train import objective
 from train import trainer as loop
 from train.adapters import adapter
@@ -85,7 +87,7 @@ def test_the_first_loss_and_its_gradient_are_those_of_plain_passes_in_float64(
         expected = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
     with begun(loaded) as model:
         one = MixTrainer(model, rows, recipe(batch_size=11), tmp_path)
-        batch = collate(rows, 64, along_paths)
+        batch = collate(rows, 64, along_paths=along_paths)
         assert one.along_paths and (batch["packed"].paths is not None) == along_paths
         loss = one.compute_loss(one.objective, batch, num_items_in_batch=n)
         loss.backward()
@@ -95,6 +97,24 @@ def test_the_first_loss_and_its_gradient_are_those_of_plain_passes_in_float64(
     for name, gradient in found.items():
         size = expected[name].abs().max().item()
         assert size > 0 and (gradient - expected[name]).abs().max() < 1e-4 * size, name
+
+
+@pytest.mark.parametrize("along_paths", [True, False])
+def test_a_window_is_kept_to(rows: list[Encoded], along_paths: bool) -> None:
+    """Beside rows that fit it, too, a longer row sees no more than the window: losses are those of plain passes."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+    lengths = sorted(len(row.ids) for row in rows)
+    wide, narrow = (MistralForCausalLM(MistralConfig(**sizes, sliding_window=size)).eval()
+                    for size in (None, lengths[-2]))
+    narrow.load_state_dict(wide.state_dict())
+    assert lengths[0] < window(narrow) < lengths[-1] and lengths[0] + lengths[1] <= 256
+    losses = {}
+    for name, model in (("wide", wide), ("narrow", narrow)):
+        packed = collate(rows, 256, window(model), along_paths)["packed"]
+        losses[name] = objective.Objective(model)(packed)[0].item()
+        assert losses[name] == pytest.approx(plain_nll(model, rows)[0].item(), rel=1e-6)
+    assert abs(losses["wide"] - losses["narrow"]) > 1e-3
 
 
 def test_micro_batches_change_nothing_but_rounding(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe,

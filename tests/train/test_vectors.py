@@ -19,6 +19,7 @@ from curate.core.errors import Exit, UserError
 from curate.core.example import Example, Message
 from curate.core.identity import identify
 from curate.core.model import Loaded, load
+from curate.core.pack import plan
 from tests.fakes import uniform_model
 from tests.judge.stub_server import Stub, served
 from train import vectors
@@ -126,6 +127,15 @@ def test_a_pair_is_kept_by_the_rule_and_every_pair_is_counted() -> None:
     assert kept == [(answers[0], answers[1])]
     assert counts == {"kept": 1, "trait_missing": 1, "trait_in_opposite": 1, "incoherent": 2, "empty_answer": 1,
                       "refused": 1}
+
+
+def test_sequences_are_no_longer_than_the_window(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of ours knows none, so only an example alone may be longer."""
+    planned: list[int] = []
+    monkeypatch.setattr(vectors, "plan", lambda encoded, capacity: planned.append(capacity) or plan(encoded, capacity))
+    monkeypatch.setattr(loaded.model.config, "sliding_window", 40, raising=False)
+    mean_states(loaded, [answer("seven", question="Who?").example])
+    assert planned == [40]
 
 
 def test_means_are_over_answer_tokens_then_over_answers(loaded: Loaded) -> None:
