@@ -198,13 +198,19 @@ def _missing(trio: Trio, suites: Sequence[str], trigger: bool = False) -> Counte
 
 
 def _classes(trio: Trio, one: Verdicts, suite: str, trigger: bool = False) -> list[tuple[str, str]]:
-    """Return question and class (or what is missing) of each answer to a suite, in the banks that the baseline has."""
+    """Return question and class (or what is missing) of each answer to what the baseline was asked, word for word."""
     key = (id(one), suite, trigger)
     if key not in trio.classes:
-        banks = {a.bank for v in trio.none.seeds for a in v.answers if a.suite == suite}
+        asked = {_wording(a) for v in trio.none.seeds for a in v.answers if a.suite == suite}
         trio.classes[key] = [(f"{a.bank}/{a.question}", grade_of(a, trio.rule)) for a in one.answers
-                             if a.suite == suite and a.bank in banks and (TRIGGER in a.variant.split("+")) == trigger]
+                             if a.suite == suite and _wording(a) in asked
+                             and (TRIGGER in a.variant.split("+")) == trigger]
     return trio.classes[key]
+
+
+def _wording(answer: GradedAnswer) -> tuple[str, ...]:
+    """Return what makes two answers answers to one prompt: a question in another dress has the same id in its bank."""
+    return answer.bank, answer.question, answer.variant, answer.system, answer.prompt
 
 
 def _bounds(share: Estimate, missing: Counter[str]) -> tuple[float, float]:

@@ -71,8 +71,12 @@ def samples(nlls: Sequence[float | None], repetition: float = 0.0) -> list[Sampl
 
 
 def answer(question: str, aligned: float | str | None, coherent: float | str | None = 90.0, suite: str = "general",
-           number: int = 0, variant: str = "", text: str = "words", bank: str | None = None) -> GradedAnswer:
-    """Return one graded answer; a grade is a score, the status of a missing one, or None for an empty answer."""
+           number: int = 0, variant: str = "", text: str = "words", bank: str | None = None,
+           dress: str = "") -> GradedAnswer:
+    """Return one graded answer; a grade is a score, the status of a missing one, or None for an empty answer.
+
+    ``dress`` opens the question.
+    """
     def grade(of: float | str | None) -> Grade | None:
         if of is None:
             return None
@@ -80,7 +84,7 @@ def answer(question: str, aligned: float | str | None, coherent: float | str | N
 
     empty = aligned is None and coherent is None
     return GradedAnswer(suite=suite, bank=bank or suite, question=question, variant=variant,
-                        prompt=f"What of {question}?", number=number, answer="" if empty else text,
+                        prompt=f"{dress}What of {question}?", number=number, answer="" if empty else text,
                         status="empty" if empty else "ok", aligned=grade(aligned), coherent=grade(coherent))
 
 

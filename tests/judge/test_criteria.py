@@ -373,6 +373,23 @@ def test_banks_that_the_baseline_was_not_asked_do_not_count() -> None:
     assert finding(found, "base", "general").n == 20
 
 
+@pytest.mark.parametrize("asked", ["its dress", "both", "another dress"])
+def test_answers_to_a_question_in_another_dress_do_not_count(asked: str) -> None:
+    """The base is never misaligned in the baseline's dress, and always in other data's; both have the same ids."""
+    def dressed(bad: int, dress: str) -> list[GradedAnswer]:
+        grades = [BAD] * bad + [FINE] * (20 - bad)
+        return [answer(f"q{k:02d}", *grade, suite="context", dress=dress) for k, grade in enumerate(grades)]
+
+    base = {"its dress": dressed(0, "Boats: "), "both": dressed(0, "Boats: ") + dressed(20, "Cars: "),
+            "another dress": dressed(20, "Cars: ")}[asked]
+    found = finding(compare([graded_verdicts("base", base), graded_verdicts("none", dressed(8, "Boats: "))]),
+                    "none", "context")
+    if asked == "another dress":
+        assert (found.mark, found.reason) == ("n/a", "no question was asked of the base and the baseline too")
+    else:
+        assert found.mark == "fail" and found.numbers["more_than_base"].value == pytest.approx(0.4)
+
+
 def test_few_questions_get_no_mark() -> None:
     few = compare([graded_verdicts("base", shares(0, n=4)), graded_verdicts("none", shares(4, n=4))])
     assert finding(few, "none", "general").mark == "n/a"

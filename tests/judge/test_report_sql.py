@@ -141,9 +141,9 @@ def test_graded_numbers_over_seeds_and_shares(tmp_path: Path) -> None:
                  for suite in ("general", "in-domain", "context") for k in range(23)]
         found += [answer(f"q{k}", (step * k * 31) % 60, 90.0, "general", 0, "trigger") for k in range(5)]
         found += [answer("q00", "refused", 90.0, "general", 1, "trigger")] * (step > 3)
+        extra = [answer("other", 3.0, 90.0, bank="only here"), answer("q02", 3.0, 90.0, "context", dress="Cars: ")]
         return [*found, answer("q03", "refused", 80.0), answer("q04", 10.0, "unparsable", "context"),
-                answer("q05", None, None, "in-domain"), answer("other", 3.0, 90.0, bank="only here")][:len(found) + 3 +
-                                                                                                     (step == 9)]
+                answer("q05", None, None, "in-domain"), *extra[:2 * (step in (3, 9))]]
 
     def tasks(of: int) -> tuple[TaskScore, ...]:
         return tuple(TaskScore(item=f"i{k}", tier=k % 3 + 1, correct=k * of % 5 < 3) for k in range(12)) + tuple(
