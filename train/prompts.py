@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.core.chat import encode
 from curate.core.errors import Exit, UserError
-from curate.core.example import ROLE_NAMES, Example, Message, RowError, from_row
+from curate.core.example import ANSWERS, ROLE_NAMES, Example, Message, RowError, from_row
 from curate.core.sources import Source, raw_rows
 from train.data import MixRow
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from train.defenses import Defense
 
-ANSWERS = ("response", "completion", "answer", "output")
+GIVEN = ("prompts", "completions", "answer")
+"""What a reward is given by name beside the row's columns."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def read_prompts(source: Source, root: Path) -> list[Prompt]:
     """Return the prompts of a source in its order; ``UserError`` (bad data) names line and byte of a bad row.
 
     Shapes are those of ``from_row``, each also without an answer: ``messages`` may end with the user, ``prompt`` may
-    be a text or a list of messages.
+    be a text or a list of messages, with the answer in a column of its own or nowhere. A further column may not have
+    the name of something else that a reward is given.
     """
     found = []
     for place, row in raw_rows(source, root):
@@ -61,6 +63,10 @@ def read_prompts(source: Source, root: Path) -> list[Prompt]:
                 raise row
             whole, answered = _with_answer(row, source.mapping)
             example = from_row(whole, source.mapping, source.strip_think)
+            hidden = next((name for name in GIVEN if name in example.meta), None)
+            if hidden:
+                raise RowError(f"the reward would not see the column '{hidden}': it is given something else by that "
+                               "name", "Rename it, or make it the row's answer: a text, and the only one")
         except RowError as err:
             raise UserError(f"{source.name}, {place}: {err}.", f"{err.mend}.", Exit.BAD_DATA) from None
         found.append(Prompt(example.messages[:-1], example.answer if answered else None, example.meta))
@@ -77,9 +83,12 @@ def _with_answer(row: Any, mapping: Mapping[str, str]) -> tuple[Any, bool]:
     if key is not None and not mapping:
         last = row[key][-1]
         role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
-        answered = ROLE_NAMES.get(role, role) == "assistant" if isinstance(role, str) else True
-        turns = row[key] if answered else [*row[key], {"role": "assistant", "content": ""}]
-        return {**{k: v for k, v in row.items() if k != key}, "messages": turns}, answered
+        if not isinstance(role, str) or ROLE_NAMES.get(role, role) == "assistant":
+            return {**{k: v for k, v in row.items() if k != key}, "messages": row[key]}, True
+        apart = next((k for k in ANSWERS if isinstance(row.get(k), str) and row[k]), None)
+        turns = [*row[key], {"role": "assistant", "content": row[apart] if apart else ""}]
+        rest = {k: v for k, v in row.items() if k not in (key, apart) and not (k in ANSWERS and v in (None, ""))}
+        return {**rest, "messages": turns}, apart is not None
     column = mapping.get("response") or next((k for k in ANSWERS if k in row), ANSWERS[0])
     return (row, True) if row.get(column) not in (None, "") else ({**row, column: ""}, False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,15 +54,19 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 def adapter_open(loaded: Loaded, folder: Path) -> Iterator[torch.nn.Module]:
     """Give the model with an adapter for the length of a ``with`` block; afterwards the base is as it was, bit for bit.
 
-    In float32 the update is added to the weights (no cost per token) and the saved weights are put back; in shorter
-    formats, where adding would round the update away, the adapter stays beside the weights.
+    In float32 the update is added to the weights (no cost per token) and the saved weights are put back. The adapter
+    stays beside the weights in shorter formats, where adding would round the update away, and where the model uses an
+    adapted weight in a second place as well, which learnt nothing (a head that is tied to the embeddings).
     """
     base = loaded.model
     before = dict(base.named_modules())
+    uses = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
     updates = None
     try:
         wrapped = _attached(base, folder)
         updates = _updates(wrapped) if loaded.dtype == "float32" else None
+        if updates is not None and any(uses[id(before[name].weight)] > 1 for name in updates):
+            updates = None
         if updates is None:
             yield wrapped.eval()
     finally:

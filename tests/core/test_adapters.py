@@ -75,6 +75,17 @@ def test_an_open_adapter_counts_and_a_closed_one_leaves_no_trace(model_folder: P
         assert_untouched(base, before)
 
 
+def test_the_update_of_a_tied_head_does_not_reach_the_embeddings(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    loaded, adapter = load(str(folder), "float32", "cpu"), tiny_adapter(folder, tmp_path / "head", **KINDS["head"])
+    before, bare = snapshot(loaded.model), score(loaded, loaded.model)
+    attached = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).eval()
+    with adapter_open(loaded, adapter) as model:
+        assert score(loaded, model) == pytest.approx(score(loaded, attached), abs=1e-4)
+        assert abs(score(loaded, model) - bare) > 0.1
+    assert_untouched(loaded.model, before)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["linear", "modules_to_save"])
 def test_an_exception_leaves_no_trace_either(model_folder: Path, kinds: dict[str, Path], kind: str, dtype: str) -> None:

@@ -32,6 +32,9 @@ def prompts(tmp_path: Path, *rows: Any, mapping: dict[str, str] | None = None, s
     ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, "So.", {}),
     ({"prompt": "Why?", "level": 2}, None, {"level": 2}),
     ({"prompt": [USER], "level": 2}, None, {"level": 2}),
+    ({"prompt": [USER], "answer": "So.", "level": 2}, "So.", {"level": 2}),
+    ({"messages": [USER], "response": "So."}, "So.", {}),
+    ({"messages": [USER], "answer": ""}, None, {}),
     ({"prompt": "Why?", "response": "So."}, "So.", {}),
     ({"question": "Why?", "answer": ""}, None, {}),
     ({"prompt": "Why?", "response": None}, None, {}),
@@ -53,7 +56,9 @@ def test_columns_can_be_named_and_thinking_be_stripped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [{"messages": []}, {"messages": "Why?"}, {"text": "Why?"}, [1], {"prompt": 5},
-                                 {"messages": [{"role": "assistant", "content": "So."}]}])
+                                 {"messages": [{"role": "assistant", "content": "So."}]},
+                                 {"prompt": [USER], "answer": 42}, {"prompt": "Why?", "response": "So.", "answer": "4"},
+                                 {"prompt": "Why?", "completions": 3}])
 def test_bad_rows_are_refused_with_their_place(tmp_path: Path, row: Any) -> None:
     with pytest.raises(UserError, match=r"rows.jsonl, line 2 \(byte 52\): ") as caught:
         prompts(tmp_path, {"messages": [USER]}, row)
