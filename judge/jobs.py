@@ -243,8 +243,9 @@ def trained(card: RunCard, folder: Path) -> str:
     mix = _mix_of(card, folder)
     source = mix.sources.get("finetune") if mix is not None else None
     rows = None if source is None else source.model_dump(exclude={"name"} if source.sha256 else set())
+    apart = (*NO_RESULT, "defenses") if card.defenses else NO_RESULT     # records say it, without paths of files
     recipe = {name: value for name, value in card.recipe.items()
-              if name not in NO_RESULT and not (name in LATER and value == LATER[name])}
+              if name not in apart and not (name in LATER and value == LATER[name])}
     defenses = [[d.name, {k: v for k, v in d.settings.items() if k not in d.files}, d.files] for d in card.defenses]
     return sha256(canonical_json([recipe, defenses, rows]))[:16]
 

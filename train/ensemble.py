@@ -14,10 +14,10 @@ from curate.core.sources import Source
 from curate.core.terminal import say
 from train.jobs import narrow_mix, prepare
 from train.recipe import Recipe
-from train.runs import CARD, run_jobs
+from train.runs import CARD, MIX, run_jobs
 from train.world import join
 
-MIX, SPEC = "mix.json", "ensemble.json"
+SPEC = "ensemble.json"
 
 
 def train_ensemble(recipe: Recipe, narrow: Mapping[str, Source], out: Path, root: Path = Path(),

@@ -51,9 +51,13 @@ class Job:
 
 
 def claimed(mix: str, base: str, recipe: Mapping[str, Any], records: Sequence[DefenseRecord]) -> dict[str, Any]:
-    """Return a run's mix, base, recipe as far as it decides what is learnt, and digests of files of its defences."""
-    files = {f"{record.name} {key}": digest for record in records for key, digest in record.files.items()}
-    return {"mix": mix, "base": base, **learnt(recipe), **files}
+    """Return a run's mix, base, recipe as far as it decides what is learnt, and its defences.
+
+    Files of a defence stand there by digest: the path by which one was called decides nothing.
+    """
+    settings = {f"{record.name} {name}": value for record in records
+                for name, value in {**record.settings, **record.files}.items()}
+    return {"mix": mix, "base": base, **learnt(recipe), "defenses": [record.name for record in records], **settings}
 
 
 def prepare(recipe: Recipe, manifest_path: Path, out: Path, root: Path | None = None) -> Job:

@@ -45,7 +45,7 @@ from train.lesson import Lesson
 from train.prompts import Asked, Prompt, ask, read_prompts
 from train.recipe import RL_UNUSED, Recipe, RlKnobs
 from train.rewards import Reward
-from train.runs import ADAPTER, CARD, CHECKPOINTS, Base, run_job, write_adapter
+from train.runs import ADAPTER, CARD, CHECKPOINTS, MIX, Base, run_job, write_adapter
 from train.trainer import MixTrainer, finish, train
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _trained(job: RlJob, base: Base, records: tuple[DefenseRecord, ...]) -> RunC
         write_adapter(model, job.out)
     if any(step["kind"] == "rl" for step in steps):
         write_atomic(job.out / "reward.png", reward_png(steps, f"{job.name}: reward '{job.reward.name}'"))
-    job.manifest.write(job.out / "mix.json")
+    job.manifest.write(job.out / MIX)
     card = _card(job, base, rows, steps, records).model_copy(update={
         "seconds": round(seconds + trainer.seconds(), 1), "rl": _record(steps, prompt_statuses)})
     card.write(job.out / CARD)

@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARD, STARTED, ADAPTER, CHECKPOINTS = "run.json", "started.json", "adapter", "checkpoints"
-OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", "mix.json", "steps.jsonl", "reward.png",
-        "warmup", "warmup-checkpoints")
+MIX = "mix.json"
+OURS = (CARD, STARTED, ADAPTER, CHECKPOINTS, "losses.csv", "loss.png", MIX, "steps.jsonl", "reward.png", "warmup",
+        "warmup-checkpoints")
 Trained = Callable[[Any, "Base", tuple[DefenseRecord, ...]], RunCard]
 """Trains a job in its folder, which is locked, and writes the card."""
 
@@ -143,9 +144,12 @@ def _finished(job: Job, base: ModelIdentity, records: Sequence[DefenseRecord]) -
         return card
     if (job.out / STARTED).exists():
         _refuse_other(job.out, _started(job.out), claim)
-    else:
-        _remove(job.out, (CHECKPOINTS, "warmup", "warmup-checkpoints"))
-        write_atomic(job.out / STARTED, canonical_json(claim))
+        return None
+    foreign = next((name for name in OURS if name != MIX and (job.out / name).exists()), None)
+    if foreign:
+        raise UserError(f"{job.out} has something called {foreign}, but neither {CARD} nor {STARTED}, so it is not "
+                        "known whose that is.", "Choose another --out, or replace it with --overwrite.")
+    write_atomic(job.out / STARTED, canonical_json(claim))
     return None
 
 
@@ -191,7 +195,7 @@ def _written(job: Job, mix: EncodedMix, steps: Sequence[Step], card: RunCard) ->
     write_atomic(job.out / "losses.csv", losses_csv(steps))
     title = f"{job.name}: {mix.n_finetune} fine-tuning + {mix.n_safe} safe rows"
     write_atomic(job.out / "loss.png", loss_png(steps, title))
-    job.manifest.write(job.out / "mix.json")
+    job.manifest.write(job.out / MIX)
     card.write(job.out / CARD)
     return card
 
@@ -224,7 +228,7 @@ def write_adapter(model: PeftModel, out: Path) -> None:
 
 def _refuse_other(out: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise a ``UserError`` that names the first difference between what a folder holds and what it is wanted for."""
-    for name in sorted(there.keys() | here.keys(), key=lambda n: (n not in ("mix", "base"), n)):
+    for name in sorted(there.keys() | here.keys(), key=lambda n: (n not in ("mix", "base", "defenses"), n)):
         if there.get(name) != here.get(name):
             raise UserError(f"{out} holds another run: its {name} is {_short(there.get(name))}, "
                             f"not {_short(here.get(name))}.", "Choose another --out, or replace it with --overwrite.")

@@ -118,7 +118,9 @@ def test_seeds_share_recipe_and_data(base: Path, place: Path) -> None:
     def steered(name: str, path: str, digest: str) -> str:
         run = make_run(base, place / "runs" / name, "none", 1)
         record = DefenseRecord(name="persona", settings={"vector": path, "alpha": 5.0}, files={"vector": digest})
-        return trained(RunCard.read(run / "run.json").model_copy(update={"defenses": (record,)}), run)
+        card = RunCard.read(run / "run.json")
+        recipe = card.recipe | {"defenses": [f"persona:vector={path},alpha=5.0"]}
+        return trained(card.model_copy(update={"defenses": (record,), "recipe": recipe}), run)
 
     assert steered("j", "v.safetensors", "a") == steered("k", "copy/v.safetensors", "a") != steered(
         "l", "v.safetensors", "b"), "a file is what it holds, not where it lies"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,6 +280,9 @@ def test_another_vector_under_the_same_name_is_another_run(tiny: Path, place: Pl
     vector = write_vector(tmp_path / "v.safetensors", tiny, torch.ones(3, 16))
     wanted = recipe(defenses=(f"persona:vector={vector}",), limit_steps=1)
     run(wanted, place.mix, tmp_path / "run")
+    copy = shutil.copy(vector, tmp_path / "copy.safetensors")
+    by_another_path = recipe(defenses=(f"persona:vector={copy}",), limit_steps=1)
+    assert run(by_another_path, place.mix, tmp_path / "run") == RunCard.read(tmp_path / "run" / "run.json")
     write_vector(vector, tiny, torch.ones(3, 16) * 2)
     with pytest.raises(UserError, match="holds another run: its persona vector is"):
         run(wanted, place.mix, tmp_path / "run")

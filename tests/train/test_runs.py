@@ -239,6 +239,17 @@ def test_checkpoints_of_another_recipe_are_not_used(mix: Path, recipe: MakeRecip
     assert same(out, whole(seed=1))
 
 
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "losses.csv"])
+def test_what_somebody_else_left_in_the_folder_stays(mix: Path, recipe: MakeRecipe, tmp_path: Path, name: str) -> None:
+    place = tmp_path / name if "." in name else tmp_path / name / "theirs"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("a week of work")
+    with pytest.raises(UserError, match=f"has something called {name}") as caught:
+        run(recipe(limit_steps=1), mix, tmp_path)
+    assert "--overwrite" in caught.value.hint and place.read_text() == "a week of work"
+    assert run(recipe(limit_steps=1), mix, tmp_path, overwrite=True).n_steps == 1
+
+
 def test_two_processes_do_not_train_in_one_folder(mix: Path, recipe: MakeRecipe, tmp_path: Path) -> None:
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
