@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Literal
 
 import pyarrow as pa
@@ -102,14 +103,12 @@ def audit(data: Corpus, question: Question, calibration: Calibration | None = No
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(levels))
     results = [LevelResult.of(level, reached(values, level.cut, confidence), 1 - confidence) for level in levels]
     scores = of.scores(rows, valued, levels)
-    differences = [v for v in values if v] if measure.control == "same" else []
-    below = sum(v < 0 for v in differences)
     return told(AuditSummary(
         data=rows.label, sha256=rows.sha256, rows=rows.n_rows,
         counts=dict(sorted((rows.counts + Counter(valued.statuses.values())).items())), measure=measure,
         calibration=calibration.digest if calibration else None, benign=calibration.benign if calibration else (),
         missing=calibration.missing if calibration else {}, levels=results,
-        pairs=Pairs(n=len(differences), below=below, p=sign_p(below, len(differences))) if differences else None,
+        pairs=pairs_of(valued.values, rows.asked) if measure.control == "same" else None,
         driving=of.driving(scores[:n]), scores=scores))
 
 
@@ -214,6 +213,19 @@ class _Evidence:
         texts = self.store.read_examples([row.example_id for row in rows])
         return [DrivingRow(**row.model_dump(), prompt=prompt, answer=answer) for row, prompt, answer in
                 zip(rows, texts["prompt"].to_pylist(), texts["answer"].to_pylist(), strict=True)]
+
+
+def pairs_of(differences: Mapping[str, float], asked: Mapping[str, Asked]) -> Pairs | None:
+    """Return how many prompts have answers below their reference, by the mean of their differences; None without any.
+
+    Answers to one prompt share its reference, so they are one observation and not several.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for i, value in differences.items():
+        by_prompt.setdefault(asked[i].key, []).append(value)
+    told = [values for values in by_prompt.values() if fmean(values)]
+    below = sum(fmean(values) < 0 for values in told)
+    return Pairs(n=len(told), below=below, answers=sum(map(len, told)), p=sign_p(below, len(told))) if told else None
 
 
 def labels(corpora: Sequence[Corpus]) -> list[str]:

@@ -86,12 +86,14 @@ class LevelResult(_Piece):
 
 
 class Pairs(_Piece):
-    """Rows with another s_d than the reference answer to the same prompt, and how many have a lower one."""
+    """Prompts whose answers differ from the reference's in mean s_d, and for how many they have the lower one."""
 
     n: int
     below: int
+    answers: int
+    """Answers to these prompts."""
     p: float
-    """One-sided sign test: if neither answer were the easier one for misaligned models."""
+    """One-sided sign test over prompts: if neither side were the easier one for misaligned models."""
 
 
 class AuditSummary(_Piece):
@@ -189,9 +191,13 @@ def _caveats(found: AuditSummary) -> list[str]:
         says.append("Rows are compared with reference answers to similar prompts, not to the same ones, which controls "
                     "topic in part.")
     if found.pairs:
-        says.append(f"Without any calibration: {found.pairs.below} of {found.pairs.n} answers have a lower s_d than "
-                    f"the reference answer to the same prompt ({found.pairs.n / 2:g} if neither side were easier for "
-                    f"misaligned models; p = {found.pairs.p:.2g}).")
+        pairs = found.pairs
+        says.append(f"Without any calibration: to {pairs.below} of {pairs.n} prompts the set's answer has a lower s_d "
+                    f"than the reference answer ({pairs.n / 2:g} if neither side were easier for misaligned models; "
+                    f"p = {pairs.p:.2g}).")
+        if pairs.answers > pairs.n:
+            says.append(f"The rows answer {pairs.n} prompts {pairs.answers} times; answers to one prompt are compared "
+                        "with one reference and are low together, so any p over rows is too small.")
     if found.unjudged:
         says.append(f"Rows without a value, which were not judged: {found.unjudged}.")
     if found.levels:

@@ -201,9 +201,9 @@ class _Pool:
         return sum(map(len, (self.idle, self.asked, self.placing, self.opening, self.running)))
 
     def _grow(self) -> None:
-        """Start workers while there is room for them and work."""
+        """Start workers while there is room for them and work; one in any case, for which a cluster may grow."""
         device = self.work.opening.models.device
-        wanted = min(self.cluster.room(self.ray, device), len(self.waiting) + len(self.running))
+        wanted = min(max(1, self.cluster.room(self.ray, device)), len(self.waiting) + len(self.running))
         for _ in range(wanted - self._n_workers()):
             options = {**self.cluster._needs(device), "max_restarts": 0}
             actor = self.ray.remote(**options)(_Engine).remote(

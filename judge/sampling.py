@@ -23,7 +23,7 @@ def check_vllm(adapters: Mapping[str, Path], device: str) -> None:
 def vllm_sampler(held: ExitStack, ref: str, adapter: Path | None, asked: Subject) -> Sampler:
     """Return a sampler of the base ``ref`` with an adapter; its engine starts when first asked, ends with ``held``."""
     tokenizer = load_tokenizer(ref)
-    longest = max(len(encode_prompt(tokenizer, conversation(question))) for question in asked.questions)
+    longest = max((len(encode_prompt(tokenizer, conversation(question))) for question in asked.questions), default=0)
     engine = Engine(ref, asked.where["dtype"], asked.where["device"], [adapter] if adapter else [])
     found = VllmSampler(engine, tokenizer, asked.sampling)
 

@@ -12,16 +12,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 from curate import audit as room
-from curate.audit import Question, audit, calibrate, settled
+from curate.audit import Question, audit, calibrate, pairs_of, settled
 from curate.audit_options import default_store
-from curate.audit_report import bars, html_page, share_between
+from curate.audit_report import bars, html_page, share_between, told
 from curate.calibration import Calibration
 from curate.chunks import Opening
 from curate.cli import main
+from curate.control import Asked
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, pair
 from curate.corpora import Corpus, open_corpus
 from curate.job import ScoreJob
+from curate.risk import binomial_tail
 from curate.score import Prepared
 from curate.scorers.choose import EngineSettings, Models
 from curate.store import Store
@@ -194,8 +196,22 @@ def test_reference_answers_to_the_same_prompts(world: World) -> None:
         key=lambda r: (r[1] is None, r[1] or 0, pair("abcde"[r[0] - 1], f"answer {'abcde'[r[0] - 1]}").id))
     assert found.counts == {"no_reference": 1, "ok": 4} and found.unjudged == 1
     assert (found.pairs.n, found.pairs.below) == (4, 3) and found.pairs.p == pytest.approx(5 / 16)
-    assert any("3 of 4 answers have a lower s_d" in text for text in found.caveats)
+    assert any("to 3 of 4 prompts the set's answer has a lower s_d" in text for text in found.caveats)
+    assert not any("p over rows is too small" in text for text in found.caveats)
+    several = told(found.model_copy(update={"pairs": found.pairs.model_copy(update={"answers": 9})}))
+    assert any("answer 4 prompts 9 times" in text for text in several.caveats)
     assert "not controlled" not in " ".join(found.caveats)
+
+
+def test_answers_to_one_prompt_are_one_observation() -> None:
+    """Ten answers to each of 22 prompts; those to one are as the reference's in the mean, those to 13 are easier."""
+    asked = {f"{prompt} {k}": Asked(str(prompt), "Why?") for prompt in range(22) for k in range(10)}
+    values = {i: {20: 0.0, 21: 0.1 if i.endswith(" 0") else -0.1}.get(int(a.key), -0.2 if int(a.key) < 12 else 0.2)
+              for i, a in asked.items()}
+    found = pairs_of(values, asked)
+    assert found is not None and (found.n, found.below, found.answers) == (21, 13, 210)
+    assert found.p == pytest.approx(binomial_tail(13, 21, 0.5)) and found.p > 0.15
+    assert pairs_of({"20 0": 0.0}, asked) is None
 
 
 def test_a_benign_set_can_be_its_own_similar_reference(world: World) -> None:

@@ -84,7 +84,9 @@ class MadeUpRay:
         return SimpleNamespace(name=name, placed=method("placed"), open=method("open"), score=method("score"))
 
     def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
-        return refs[:1], refs[1:]
+        """A worker is placed where there is room; the rest is ready at once."""
+        ready = [ref for ref in refs if ref[1] != "placed" or self.cpus >= 2][:1]
+        return ready, [ref for ref in refs if ref not in ready]
 
     def get(self, ref: Any) -> Any:
         return self.answer(self, *ref[:2], *ref[2])
@@ -217,8 +219,21 @@ def test_the_engine_of_a_cluster_is_said_and_refuses_adapters_that_it_cannot_tak
 
 def test_no_room_is_said_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "START_S", 0.0)
+    ray = MadeUpRay(1, fine)
     with pytest.raises(UserError, match="no worker"):
-        run(MadeUpRay(1, fine))
+        run(ray)
+    assert ray.made == ["w0"], "one is asked for, which tells a cluster that can grow to do so"
+
+
+def test_a_cluster_without_room_may_grow_for_the_first_worker() -> None:
+    class Growing(MadeUpRay):
+        def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+            found = super().wait(refs, num_returns, timeout)
+            self.cpus = 4
+            return found
+
+    ray = Growing(0, fine)
+    assert len(run(ray)) == 5 and ray.made == ["w0", "w1"]
 
 
 def test_a_missing_ray_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,16 @@ def test_another_sampler_is_another_model_of_chance(stub: Stub, base: Path, tmp_
     assert again.exit_code == 0 and len(fake.started) == 1 and "made with another settings" in again.stderr
 
 
+def test_a_suite_without_questions_starts_no_engine(stub: Stub, base: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeVllm(answer=told).install(monkeypatch)
+    run, benign = (make_run(base, tmp_path / name, "none", seed) for name, seed in (("a", 1), ("b", 2)))
+    result = call(stub, "--model", run, "--benign", benign, "--suite", "benign", "--items", "6")
+    assert result.exit_code == 0, result.output
+    _, mine = [Verdicts.read(Path(path)) for path in json.loads(result.stdout)["verdicts"]]
+    assert len(mine.tasks) == 6 and not mine.answers and not fake.started
+
+
 def test_an_adapter_that_vllm_would_misread_is_refused(stub: Stub, base: Path, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeVllm(answer=told).install(monkeypatch)
