@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -14,7 +15,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from typing import Any, TextIO
 
 import click
 
@@ -61,7 +63,9 @@ class Room(click.Group):
         if kwargs.pop("standalone_mode", True) is False:
             return super().main(*args, standalone_mode=False, **kwargs)
         argv = list(kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
+        as_json = self._wants_json(argv)
         _TERMINATED.clear()
+        sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
         again = " ".join([_program(), *map(_quoted, argv)]) if processes.count() == 1 else "the same launch"
         if processes.rank():
             sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
@@ -70,24 +74,49 @@ class Room(click.Group):
             result = super().main(*args, standalone_mode=False, **kwargs)
             sys.exit(result if isinstance(result, int) else 0)
         except UserError as err:
-            _fail(err.message, err.hint, err.exit_code, "--json" in argv)
+            _fail(err.message, err.hint, err.exit_code, as_json)
         except click.ClickException as err:
-            if "--json" in argv:
+            if as_json:
                 _fail(err.format_message(), "", err.exit_code, True)
             err.show()
             sys.exit(err.exit_code)
         except (KeyboardInterrupt, click.Abort):
             _stop_listening()
             word, code = ("Terminated", Exit.TERMINATED) if _TERMINATED else ("Interrupted", Exit.INTERRUPTED)
-            _fail(f"{word}; what was finished is kept.", f"Go on with: {again}", code, "--json" in argv)
+            _fail(f"{word}; what was finished is kept.", f"Go on with: {again}", code, as_json)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; whoever stops reading (``| head``) has seen enough. See ``click.Group.invoke``."""
+    def _wants_json(self, argv: Sequence[str]) -> bool:
+        """Whether a command line asks for JSON on stdout; ``--json FILE`` does not."""
+        command = next((self.commands[word] for word in argv if word in self.commands), self)
+        file = any("--json" in p.opts and not p.is_flag for p in command.params if isinstance(p, click.Option))
+        return not file and ("--json" in argv or "--format=json" in argv or ("--format", "json") in pairwise(argv))
+
+
+class _Lasting(io.FileIO):
+    """A descriptor that goes on as the null device once nobody reads it any more (``| head``)."""
+
+    def write(self, data: Any) -> int:
+        """See ``io.FileIO.write``."""
         try:
-            return super().invoke(ctx)
+            return super().write(data)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(Exit.DONE)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return len(data)
+
+
+def lasting(stream: TextIO) -> TextIO:
+    """Return stdout or stderr so that neither a reader who leaves nor a character it cannot show ends the work.
+
+    Characters outside its encoding are written as escapes. What stands in for the real stream is returned as it is.
+    """
+    if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream
+    stream.flush()
+    raw = _Lasting(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace",
+                            line_buffering=stream is sys.__stderr__ or raw.isatty())
 
 
 def _program() -> str:
@@ -138,8 +167,9 @@ def say(text: str = "") -> None:
 
 
 def emit_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
+    """Print one JSON document on stdout, in ASCII unless that takes UTF-8."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(value, ensure_ascii=not utf8, indent=1, allow_nan=False))
 
 
 def quiet_libraries() -> None:

@@ -40,9 +40,18 @@ def wait(as_json, name):
     time.sleep(60)
 
 @main.command()
-def spam():
+@click.option("--err", is_flag=True)
+def spam(err):
     for _ in range(100_000):
-        click.echo("x" * 100)
+        click.echo("x" * 100, err=err)
+    open("worked", "w").close()
+    return 8
+
+@main.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True)
+def tell(path, as_json):
+    emit_json({"path": path, "wide": "\u2019 \U0001f600"}) if as_json else click.echo(f"{path} \u2019")
 
 main()
 """
@@ -81,12 +90,28 @@ def test_a_signal_ends_with_its_code_and_the_line_to_go_on_with(tool: Callable[.
                                "exit_code": code}
 
 
-def test_a_reader_that_stops_reading_is_no_error(tool: Callable[..., subprocess.Popen[str]]) -> None:
-    child = tool("spam")
-    child.stdout.readline()
-    child.stdout.close()
-    assert child.stderr.read() == "" and child.wait(timeout=20) == Exit.DONE
-    child.stderr.close()
+@pytest.mark.parametrize("err", [False, True], ids=["stdout", "stderr"])
+def test_a_reader_that_stops_reading_changes_nothing(tool: Callable[..., subprocess.Popen[str]], tmp_path: Path,
+                                                     err: bool) -> None:
+    """The work is done to its end, with its exit code: a gate in a pipe stays one."""
+    child = tool("spam", *["--err"] * err)
+    read, other = (child.stderr, child.stdout) if err else (child.stdout, child.stderr)
+    read.readline()
+    read.close()
+    assert other.read() == "" and child.wait(timeout=20) == 8 and (tmp_path / "worked").is_file()
+    other.close()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_what_the_terminal_cannot_show_is_escaped(tool: Callable[..., subprocess.Popen[str]], encoding: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    odd = os.fsdecode(b"st\xe9re")
+    out, err = tool("tell", odd).communicate(timeout=20)
+    assert err == "" and out == {"utf-8": "st\\udce9re \u2019\n", "latin-1": "st\\udce9re \\u2019\n",
+                                 "ascii": "st?re \u2019\n"}[encoding], "click takes ASCII for a mistake"
+    out, err = tool("tell", odd, "--json").communicate(timeout=20)
+    assert err == "" and json.loads(out) == {"path": odd, "wide": "\u2019 \U0001f600"}
 
 
 @click.group(cls=Room)
@@ -107,6 +132,18 @@ def fail(code: int, as_json: bool) -> None:
 def fine(as_json: bool, n: int | None) -> int:
     emit_json({"n": n, "é": "\u2028"})
     return Exit.FAILURE_RATE if n else 0
+
+
+@group.command()
+@click.option("--json", "path", type=click.Path())
+def write(path: str) -> None:
+    raise UserError("It broke.", "Mend it.")
+
+
+@group.command()
+@click.option("--format", "style")
+def shown(style: str) -> None:
+    raise UserError("It broke.", "Mend it.")
 
 
 @group.command()
@@ -131,6 +168,13 @@ def test_usage_errors_end_with_2_and_are_json_where_asked(args: list[str]) -> No
     assert plain.exit_code == both.exit_code == Exit.USAGE and plain.stdout == ""
     assert "Usage:" in plain.stderr and "Traceback" not in plain.stderr
     assert json.loads(both.stdout)["exit_code"] == Exit.USAGE
+
+
+def test_json_goes_to_stdout_where_it_was_asked_for() -> None:
+    assert CliRunner().invoke(group, ["write", "--json", "out.json"]).stdout == ""
+    assert CliRunner().invoke(group, ["shown", "--format", "table"]).stdout == ""
+    for words in (["--format", "json"], ["--format=json"]):
+        assert json.loads(CliRunner().invoke(group, ["shown", *words]).stdout)["error"] == "It broke."
 
 
 def test_a_command_returns_its_exit_code_and_a_bug_is_1() -> None:
