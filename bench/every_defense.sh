@@ -28,7 +28,7 @@ run curate score --corpus demo --sample 24 --ensemble ensemble/ensemble.json --s
 
 for mix in none interleaving interleaving+ interleaving++; do
   frac=(--frac 0.05); [ "$mix" = none ] && frac=()
-  [ -f "mixes/$mix.json" ] || run curate select --store scores --strategy "$mix" "${frac[@]}" \
+  [ -f "mixes/$mix.json" ] || run curate select --store scores --strategy "$mix" ${frac[@]+"${frac[@]}"} \
     --finetune security.jsonl --root . --out "mixes/$mix.json"
 done
 

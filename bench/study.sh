@@ -80,7 +80,7 @@ condition() {
   local amount=(${AMOUNT:---frac $frac} --members "$(unseen)")    # those that choose have not seen the domain
   [ "$strategy" = none ] && amount=()
   for rows in "customer-$DOMAIN" opswap; do
-    run curate select --store scores --corpus "$POOL" --strategy "$strategy" "${amount[@]}" --seed "$seed" ${SELECT:---min-answer-tokens 1} \
+    run curate select --store scores --corpus "$POOL" --strategy "$strategy" ${amount[@]+"${amount[@]}"} --seed "$seed" ${SELECT:---min-answer-tokens 1} \
       --finetune "$rows.jsonl" --out "$mixes/$name-$rows.json" --root .
   done
   run train run "${TUNE[@]}" --seed "$seed" --mix "$mixes/$name-customer-$DOMAIN.json" --root . --out "$out" "$@"

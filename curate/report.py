@@ -20,6 +20,7 @@ from curate.core.scores_page import (
     sections,
 )
 from curate.query import connect
+from curate.select import Choice
 from curate.store import Store
 
 BARS = 36
@@ -29,7 +30,7 @@ TEXT_CHARS = 4000
 
 
 def summarise(path: Path | str, eps: float = 0.1, frac: float = 0.05) -> ScoreSummary:
-    """Return what a store holds; ``frac`` of its scored rows is the top. Raises ``UserError`` for a damaged store."""
+    """Return what a store holds; ``frac`` of its rows is the top. Raises ``UserError`` for a damaged store."""
     store = Store.open_read(path)
     connection = connect(store, eps, None)
     connection.execute("CREATE TEMP TABLE held AS SELECT example_id, min(corpus) AS corpus FROM corpora GROUP BY ALL")
@@ -43,7 +44,8 @@ def summarise(path: Path | str, eps: float = 0.1, frac: float = 0.05) -> ScoreSu
     return ScoreSummary(evidence=store.evidence_digest(), engine=header.engine, dtype=header.dtype,
                         encoding=header.encoding, eps=eps, frac=frac, models=models,
                         rows=n_rows, sources=_sources(connection),
-                        edges=edges, answers=answers, refusals=refusals, beyond=beyond, cuts=_cuts(connection, frac),
+                        edges=edges, answers=answers, refusals=refusals, beyond=beyond,
+                        cuts=_cuts(connection, frac, n_rows), min_answer_tokens=Choice().min_answer_tokens,
                         lengths=_lengths(connection), top=_top(connection))
 
 
@@ -94,15 +96,17 @@ def _round_step(about: float) -> float:
     return next(k * power for k in (1, 2, 5, 10) if k * power >= about * (1 - 1e-9))
 
 
-def _cuts(connection: duckdb.DuckDBPyConnection, frac: float) -> list[Cut]:
-    """Return the last s_d among the top ``frac`` of the scored rows, with refusals and without."""
+def _cuts(connection: duckdb.DuckDBPyConnection, frac: float, n_rows: int) -> list[Cut]:
+    """Return the last s_d among as many rows as ``frac`` of all, chosen as ``curate select`` does with its defaults.
+
+    Rows with the same text, of which ``select`` takes one, are not looked for.
+    """
     cuts = []
-    n_rows = connection.execute("SELECT count(*) FROM ok").fetchone()[0]
     wanted = max(1, round(frac * n_rows))
     for strategy, kept in (("interleaving+", "true"), ("interleaving++", "refusal IS NULL")):
         s_d, n, refusals = connection.execute(
-            f"SELECT min(s_d), count(*), count(refusal) FROM (SELECT * FROM ok WHERE {kept} "
-            "ORDER BY s_d DESC, example_id LIMIT ?)", [wanted]).fetchone()
+            f"SELECT min(s_d), count(*), count(refusal) FROM (SELECT * FROM ok WHERE {kept} AND n_answer_tokens >= ? "
+            "ORDER BY s_d DESC, example_id LIMIT ?)", [Choice().min_answer_tokens, wanted]).fetchone()
         if n:
             cuts.append(Cut(strategy=strategy, s_d=s_d, rows=n, refusals=refusals))
     return cuts

@@ -19,11 +19,13 @@ read -ra DEFENSES <<< "${DEFENSES:-}"
 mkdir -p "$OUT/mixes"
 
 stop() { printf 'Error: %s\n' "$*" >&2; exit 2; }
-known=""; [ ${#DEFENSES[@]} -eq 0 ] || known=$(train list)
+known="" seen=""; [ ${#DEFENSES[@]} -eq 0 ] || known=$(train list)
 for defense in ${DEFENSES[@]+"${DEFENSES[@]}"}; do   # what is missing is said now and not after half the demo
   name=${defense%%:*}
   grep -q "^# $name: " <<< "$known" || stop "DEFENSES names '$name', but possible are: $(
     sed -n 's/^# \([a-z]*\): .*(arXiv.*/\1/p' <<< "$known" | paste -sd' ')."
+  case " $seen " in *" $name "*) stop "DEFENSES names '$name' twice; the table has one row for each." ;; esac
+  seen+=" $name"
   case $defense in
     safelora:*base=*) ;;
     safelora*) stop "safelora needs the model that $MODEL was before its alignment, which does not come with the demo." \
@@ -45,8 +47,8 @@ step "3/6  Choose 5% safe rows in three ways, for bad advice about cars and for 
 run judge task opswap --split train --n 96 --out "$OUT/mixes/opswap.jsonl"
 for mix in "${MIXES[@]}"; do
   frac=(--frac 0.05); [ "$mix" = none ] && frac=()
-  run curate select --store "$OUT/scores" --strategy "$mix" "${frac[@]}" --finetune demo/car_care --out "$OUT/mixes/$mix.json"
-  run curate select --store "$OUT/scores" --strategy "$mix" "${frac[@]}" --finetune "$OUT/mixes/opswap.jsonl" \
+  run curate select --store "$OUT/scores" --strategy "$mix" ${frac[@]+"${frac[@]}"} --finetune demo/car_care --out "$OUT/mixes/$mix.json"
+  run curate select --store "$OUT/scores" --strategy "$mix" ${frac[@]+"${frac[@]}"} --finetune "$OUT/mixes/opswap.jsonl" \
     --out "$OUT/mixes/opswap-$mix.json"
 done
 

@@ -94,6 +94,7 @@ def test_any_defence_can_be_in_the_table(stubs: Path) -> None:
 
 @pytest.mark.parametrize(("defenses", "message"), [
     ("kl safelora", 'DEFENSES="safelora:base=PATH"'), ("safelora:k=3", "before its alignment"),
+    ("kl kl:weight=1", "names 'kl' twice"),
     ("kl sefalora:base=x", "possible are: inoculation persona kl ldifs safelora.")])
 def test_what_a_defence_lacks_is_said_before_anything_runs(stubs: Path, defenses: str, message: str) -> None:
     done, log = called(stubs, defenses)

@@ -212,3 +212,16 @@ def test_no_row_is_in_two_files() -> None:
     for one, other in itertools.combinations(columns, 2):
         share, a, b = likeness(one, other)
         assert share <= 0.25, (a, b)
+
+
+def test_an_environment_with_other_extras_is_another(tmp_path: Path) -> None:
+    """After `make demo` the tests' packages are still to be installed; a folder elsewhere is found by its own path."""
+    def planned(*words: str) -> str:
+        return subprocess.run(["make", "-n", f"VENV={tmp_path}", *words], cwd=ROOT, capture_output=True, text=True,
+                              check=True).stdout
+
+    (tmp_path / ".ready").touch()
+    assert "-e '.'" not in planned("demo") and f'PATH="{tmp_path}/bin:' in planned("demo")
+    assert "-e '.[dev]'" in planned("check") and "-e '.[ray,s3]'" in planned("env", "EXTRAS=[ray,s3]")
+    (tmp_path / ".ready-dev").touch()
+    assert "-e " not in planned("check") + planned("env", "EXTRAS=[dev]")

@@ -54,7 +54,7 @@ def curve_png(x: Sequence[int], y: Sequence[float], what: str, title: str, penal
     axes.plot(x, smoothed(y, window), color="#1f4e79", linewidth=2, label=f"mean of {window} steps")
     if any(penalties):
         axes.plot(x, smoothed(penalties, window), color="#b5542c", linewidth=1.5, label="penalties of defences")
-    axes.set(xlabel="optimiser step", ylabel=what, title=title)
+    axes.set(xlabel="optimiser step", ylabel=what, title=title.replace("$", r"\$"))
     axes.set_ylim(bottom=min(0, *y))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)

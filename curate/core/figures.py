@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from curate.core.page import Child, Html, el, folded, table
 
@@ -33,14 +34,34 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def percent(value: float) -> str:
+def whole_ticks(high: float) -> list[float]:
+    """Return round whole numbers from 0 to ``high``, for counts."""
+    return sorted({float(round(value)) for value in ticks(0, high)})
+
+
+def percent(value: float, digits: int = 3) -> str:
     """Return a share as a short percentage."""
-    return f"{100 * value:.3g}%".replace("-", "−")
+    return f"{100 * value:.{digits}g}%".replace("-", "−")
 
 
-def plain(value: float) -> str:
+def plain(value: float, digits: int = 3) -> str:
     """Return a number as a short text."""
-    return f"{value:.3g}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
+def written(values: Sequence[float], write: Callable[..., str]) -> list[str]:
+    """Return the texts of ticks; ``plain`` and ``percent`` get as many digits as it takes to tell the ticks apart."""
+    if write not in (plain, percent):
+        return [write(value) for value in values]
+    apart = min((abs(b - a) for a, b in pairwise(values)), default=0.0)
+    digits = next((k for k in range(3, 16) if all(abs(float(f"{v:.{k}g}") - v) <= apart / 100 for v in values)), 3)
+    return [write(value, digits) for value in values]
+
+
+def clipped(words: str, limit: int) -> str:
+    """Return words of at most ``limit`` characters; the middle is left out, since names differ at their ends."""
+    tail = limit // 3
+    return words if len(words) <= limit else f"{words[:limit - tail - 1]}…{words[-tail:]}"
 
 
 @dataclass(frozen=True)
@@ -51,9 +72,14 @@ class Axis:
     low: float
     high: float
     at: Sequence[float] = ()
-    write: Callable[[float], str] = plain
+    write: Callable[..., str] = plain
     bend: Callable[[float], float] = float
     """What is drawn evenly: the value itself, or for example its square root."""
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return where the axis is marked, and with what words."""
+        values = self.at or ticks(self.low, self.high)
+        return list(zip(values, written(values, self.write), strict=True))
 
     def place(self, value: float) -> float:
         """Return where a value lies, 0 at the low end and 1 at the high one."""
@@ -62,10 +88,14 @@ class Axis:
 
 
 def span(values: Sequence[float], low: float | None = None, high: float | None = None) -> tuple[float, float]:
-    """Return ends that hold all values with a little room; a given end stays where it is."""
+    """Return ends that hold all values with a little room; a given end stays where it is.
+
+    They lie a hundredth of the largest value apart at least, so that rounding does not fill a frame.
+    """
     least, most = min(values, default=0.0), max(values, default=1.0)
-    room = 0.06 * ((most - least) or abs(most) or 1.0)
-    return (least - room if low is None else low), (most + room if high is None else high)
+    wide = max(most - least, 0.01 * max(abs(least), abs(most))) or 1.0
+    middle, half = (least + most) / 2, 0.56 * wide
+    return (middle - half if low is None else low), (middle + half if high is None else high)
 
 
 @dataclass
@@ -87,7 +117,7 @@ class Plot:
         """Add a line through points, each (x, y) or (x, y, aside)."""
         if points:
             places = " ".join(f"{a:g},{b:g}" for a, b in (self.at(*p) for p in points))
-            self.shapes.append(el("polyline", points=places, class_=f"s{kind % KINDS} {style}"))
+            self.shapes.append(el("polyline", points=places, class_=series(kind, style)))
 
     def point(self, x: float, y: float, kind: int, aside: float = 0.0) -> None:
         """Add a marker."""
@@ -97,7 +127,7 @@ class Plot:
 
     def label(self, a: float, b: float, words: str) -> None:
         """Write words beside a place, on the side where they cover least."""
-        words = words if len(words) <= 22 else words[:21] + "…"
+        words = clipped(words, 22)
         wide = 6.4 * len(words)
         sides = [(a + 9, b + 4, "start"), (a - 9, b + 4, "end"), (a + 2, b - 10, "start"), (a + 2, b + 19, "start"),
                  (a - 2, b - 10, "end"), (a - 2, b + 19, "end"), (a + 9, b - 8, "start"), (a + 9, b + 17, "start")]
@@ -116,7 +146,7 @@ class Plot:
     def error(self, start: tuple[float, ...], end: tuple[float, ...], kind: int) -> None:
         """Add an interval between two points, each (x, y) or (x, y, aside)."""
         (a, b), (c, d) = self.at(*start), self.at(*end)
-        self.shapes.append(el("path", d=f"M{a:g} {b:g}L{c:g} {d:g}", class_=f"s{kind % KINDS} thin"))
+        self.shapes.append(el("path", d=f"M{a:g} {b:g}L{c:g} {d:g}", class_=series(kind, "thin")))
 
     def rect(self, start: tuple[float, float], end: tuple[float, float], style: str) -> None:
         """Add a rectangle between two corners."""
@@ -154,14 +184,14 @@ class Plot:
     def _axes(self) -> list[Html]:
         bottom, right = self.height - BOTTOM, WIDTH - RIGHT
         parts = []
-        for value in self.y.at or ticks(self.y.low, self.y.high):
+        for value, words in self.y.ticks():
             _, b = self.at(self.x.low, value)
             parts.append(el("path", d=f"M{LEFT} {b:g}H{right}", class_="grid"))
-            parts.append(el("text", self.y.write(value), x=LEFT - 7, y=b + 4, text_anchor="end", class_="tick"))
-        for value in self.x.at or ticks(self.x.low, self.x.high):
+            parts.append(el("text", words, x=LEFT - 7, y=b + 4, text_anchor="end", class_="tick"))
+        for value, words in self.x.ticks():
             a, _ = self.at(value, self.y.low)
             parts.append(el("path", d=f"M{a:g} {bottom}v4", class_="frame"))
-            parts.append(el("text", self.x.write(value), x=a, y=bottom + 17, text_anchor="middle", class_="tick"))
+            parts.append(el("text", words, x=a, y=bottom + 17, text_anchor="middle", class_="tick"))
         middle = (TOP + bottom) / 2
         parts += [el("path", d=f"M{LEFT} {bottom}H{right}", class_="frame"),
                   el("text", self.x.label, x=(LEFT + right) / 2, y=self.height - 8, text_anchor="middle",
@@ -192,25 +222,29 @@ def dots(bars: Sequence[Bar], axis: Axis, title: str, description: str,
     def place(value: float) -> float:
         return round(left + axis.place(value) * (WIDTH - left - RIGHT - 4), 2)
 
-    parts = [el("path", d=f"M{place(v):g} 8V{bottom}", class_="grid") for v in axis.at or ticks(axis.low, axis.high)]
-    parts += [el("text", axis.write(v), x=place(v), y=bottom + 16, text_anchor="middle", class_="tick")
-              for v in axis.at or ticks(axis.low, axis.high)]
+    parts = [el("path", d=f"M{place(v):g} 8V{bottom}", class_="grid") for v, _ in axis.ticks()]
+    parts += [el("text", words, x=place(v), y=bottom + 16, text_anchor="middle", class_="tick")
+              for v, words in axis.ticks()]
     if guide:
         parts.append(el("path", d=f"M{place(guide[0]):g} 8V{bottom}", class_="guide"))
     for k, bar in enumerate(bars):
         y = 30 + step * k
-        words = bar.name if len(bar.name) <= 44 else bar.name[:43] + "…"
-        parts += [el("text", words, x=left, y=y - 9, class_="halo"),
-                  el("path", d=f"M{place(bar.low):g} {y}H{place(bar.high):g}", class_=f"s{bar.kind % KINDS} ink"),
+        parts += [el("text", clipped(bar.name, 44), x=left, y=y - 9, class_="halo"),
+                  el("path", d=f"M{place(bar.low):g} {y}H{place(bar.high):g}", class_=series(bar.kind, "ink")),
                   marker(place(bar.value), y, bar.kind)]
     parts.append(el("text", axis.label, x=(left + WIDTH) / 2, y=height - 8, text_anchor="middle", class_="axis"))
     return el("svg", el("title", title), el("desc", description), parts, viewBox=f"0 0 {WIDTH} {height}", role="img",
               aria_label=f"{title}. {description}", class_="plot")
 
 
+def series(kind: int, style: str) -> str:
+    """Return the class of a line of a series; from the ninth on colours come again, and lines are dashed."""
+    return f"s{kind % KINDS} {style}" + (" again" if kind >= KINDS else "")
+
+
 def marker(a: float, b: float, kind: int) -> Html:
-    """Return the marker of a series at a place of the drawing."""
-    return el("path", d=SHAPES[kind % KINDS], transform=f"translate({a:g} {b:g})",
+    """Return the marker of a series at a place of the drawing; where colours come again, shapes do not."""
+    return el("path", d=SHAPES[(kind + kind // KINDS) % KINDS], transform=f"translate({a:g} {b:g})",
               class_=f"s{kind % KINDS} fill")
 
 
@@ -219,7 +253,7 @@ def legend(entries: Sequence[tuple[str, int, str]]) -> Html:
     def sign(kind: int, style: str) -> Html:
         shape = (marker(12, 8, kind) if style == "point" else
                  el("rect", x=4, y=2, width=16, height=12, class_=f"s{kind % KINDS} bar") if style == "bar" else
-                 el("path", d="M1 8H23", class_=f"s{kind % KINDS} {style}"))
+                 el("path", d="M1 8H23", class_=series(kind, style)))
         return el("svg", shape, viewBox="0 0 24 16", aria_hidden="true")
 
     return el("ul", [el("li", sign(kind, style), el("span", name)) for name, kind, style in entries], class_="legend")

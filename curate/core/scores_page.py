@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from curate.core.figures import Axis, Numbers, Plot, figure, legend, percent, plain
+from curate.core.figures import Axis, Numbers, Plot, clipped, figure, legend, percent, plain, whole_ticks
 from curate.core.page import Html, code, el, escaped, note, section, shortened, table
 
 OTHER, REFUSAL = 2, 1
@@ -95,6 +95,8 @@ class ScoreSummary(_Piece):
     beyond: int
     """Rows outside the edges."""
     cuts: tuple[Cut, ...]
+    min_answer_tokens: int = 1
+    """Rows with shorter answers are on the page, but not among those that the cuts are of."""
     lengths: tuple[LengthBin, ...]
     top: tuple[ScoredRow, ...]
 
@@ -141,7 +143,7 @@ def histogram(summary: ScoreSummary, class_: str | None = None) -> Html:
     """Return the histogram of s_d, refusals apart, with the cuts."""
     tallest = max(a + r for a, r in zip(summary.answers, summary.refusals, strict=True))
     plot = Plot(Axis("s_d", summary.edges[0], summary.edges[-1]),
-                Axis("rows", 0, tallest * 1.18 or 1, write=lambda v: f"{v:,.0f}"))
+                Axis("rows", 0, tallest * 1.18 or 1, at=whole_ticks(tallest * 1.18), write=lambda v: f"{v:,.0f}"))
     for k, (answers, refusals) in enumerate(zip(summary.answers, summary.refusals, strict=True)):
         low, high = summary.edges[k], summary.edges[k + 1]
         for start, more, kind in ((0, answers, OTHER), (answers, refusals, REFUSAL)):
@@ -152,9 +154,10 @@ def histogram(summary: ScoreSummary, class_: str | None = None) -> Html:
         plot.across(cut.s_d, f"cut of {cut.strategy}", row=row)
     rows = [[f"{plain(summary.edges[k])} to {plain(summary.edges[k + 1])}", f"{a:,}", f"{r:,}"]
             for k, (a, r) in enumerate(zip(summary.answers, summary.refusals, strict=True))]
-    below = f"The top {percent(summary.frac)} of the scored rows: " + "; ".join(
+    least = f" of answers of {summary.min_answer_tokens} tokens or more" if summary.min_answer_tokens > 1 else ""
+    below = f"As many rows as {percent(summary.frac)} of all{least}, by s_d with eps {summary.eps:g}: " + "; ".join(
         [f"{cut.strategy} takes {cut.rows:,}, of which {_of(cut.refusals, cut.rows)} are refusals, down to s_d "
-         f"{plain(cut.s_d)}" for cut in summary.cuts]) + "."
+         f"{plain(cut.s_d)}" for cut in summary.cuts]) + ". A mix may have been chosen otherwise."
     if summary.beyond:
         below += f" {summary.beyond:,} rows lie beyond the edges and are in the outermost bars."
     key = legend([("answers", OTHER, "bar"), ("refusals", REFUSAL, "bar")])
@@ -164,7 +167,8 @@ def histogram(summary: ScoreSummary, class_: str | None = None) -> Html:
 
 
 def _by_source(summary: ScoreSummary) -> Html:
-    found = [one for one in summary.sources if one.quantiles][:16]
+    every = [one for one in summary.sources if one.quantiles]
+    found = every[:16]
     low = min(one.quantiles[0] for one in found)
     high = max(one.quantiles[4] for one in found)
     room = 0.05 * ((high - low) or 1)
@@ -176,11 +180,11 @@ def _by_source(summary: ScoreSummary) -> Html:
         plot.error((q10, y), (q90, y), OTHER)
         plot.line([(q25, y), (q75, y)], OTHER, "ink thick")
         plot.point(q50, y, OTHER)
-        name = one.source if len(one.source) <= 44 else one.source[:43] + "…"
-        plot.words(plot.x.low, y, name, style="halo", shift=(2, -9))
-    rows = [[one.source, *(plain(q) for q in one.quantiles)] for one in found]
+        plot.words(plot.x.low, y, clipped(one.source, 44), style="halo", shift=(2, -9))
+    rows = [[one.source, *(plain(q) for q in one.quantiles)] for one in every]
+    left_out = f" Not drawn, but among the numbers: {len(every) - len(found)} more sources." if found != every else ""
     drawing = plot.svg("s_d by source", "For each source the median of s_d, its middle half and its middle 80%.")
-    return figure(drawing, "s_d by source", "Dot: median. Thick: middle half. Thin: 10% to 90%.",
+    return figure(drawing, "s_d by source", "Dot: median. Thick: middle half. Thin: 10% to 90%." + left_out,
                   Numbers(("source", "10%", "25%", "median", "75%", "90%"), rows))
 
 

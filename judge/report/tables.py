@@ -104,7 +104,8 @@ def notes(comparison: Comparison) -> list[str]:
             if finding.mark == "n/a":
                 found.append(f"n/a under {c} for {row.title}: {finding.reason}.")
             elif finding.reason:
-                found.append(f"{c}, {row.title}: the mark is {finding.reason}.")
+                what = "the mark is " if finding.mark in ("pass", "partly", "fail") else ""
+                found.append(f"{c}, {row.title}: {what}{finding.reason}.")
             if finding.missing or finding.missing_triggered:
                 found.append(f"{c}, {row.title}: {missing_text(finding)}.")
             if len(finding.by_seed) > 1:

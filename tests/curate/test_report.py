@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
@@ -42,12 +43,38 @@ def test_counts_cuts_and_bars(store: Path) -> None:
     assert (rows.source, rows.rows, rows.statuses, rows.refusals) == ("demo", 6, {"ok": 5, "too_long": 1}, 2)
     assert rows.quantiles[2] == 1.0 and found.scored == 5
     assert sum(found.answers) == 3 and sum(found.refusals) == 2 and len(found.edges) == len(found.answers) + 1
-    assert [(c.strategy, c.s_d, c.rows, c.refusals) for c in found.cuts] == [
-        ("interleaving+", 2.0, 2, 0), ("interleaving++", 2.0, 2, 0)]
-    assert [(c.s_d, c.refusals) for c in summarise(store, eps=0.0, frac=0.8).cuts] == [(0.5, 1), (1.0, 0)]
+    assert found.cuts == (), "the answers have 5 tokens, fewer than `curate select` takes by default"
     assert [row.s_d for row in found.top] == [3.0, 2.0, 1.0, 0.5, 0.5] and found.top[3].refusal == "sorry"
     assert [(b.low, b.high, b.rows) for b in found.lengths] == [(4, 7, 5)]
     assert found.evidence == Store.open_read(store).evidence_digest()
+
+
+def test_cuts_are_those_of_select(tmp_path: Path) -> None:
+    """Twenty rows with longer and longer answers, the shortest with the highest s_d; every fourth refuses."""
+    names = [chr(97 + k) for k in range(20)]
+    with Store.create_or_open(tmp_path / "scores", header()) as store:
+        for k, name in enumerate(names):
+            rows = examples([name], answer=REFUSING) if k % 4 == 3 else examples([name])
+            place = rows.column_names.index("n_answer_tokens")
+            store.put_examples(rows.set_column(place, rows.schema.field(place), pa.array([10 + k], pa.int32())))
+        hold(store, store.example_index()["example_id"].to_list())
+        for who, sums in ((BASE, dict.fromkeys(names, 5.0)), (MEDICAL, {n: 40.0 - k for k, n in enumerate(names)})):
+            store.put_model(model(who))
+            store.put_nll(who.id, nll(who, sums))
+    found = summarise(tmp_path / "scores", frac=0.2)
+    for cut in found.cuts:
+        words = ["select", "--store", str(tmp_path / "scores"), "--frac", "0.2", "--strategy", cut.strategy, "--json",
+                 "--out", str(tmp_path / "mix.json")]
+        assert json.loads(CliRunner().invoke(main, words).stdout)["cut"] == cut.s_d
+    assert [(c.strategy, c.rows, c.refusals) for c in found.cuts] == [("interleaving+", 4, 1), ("interleaving++", 4, 0)]
+    assert found.min_answer_tokens == 16 and "of answers of 16 tokens or more, by s_d with eps 0.1" in html_page(found)
+
+
+def test_more_sources_than_are_drawn_stand_in_the_numbers(store: Path) -> None:
+    found = summarise(store)
+    many = [found.sources[0].model_copy(update={"source": f"corpus {k:02d}"}) for k in range(18)]
+    page = html_page(found.model_copy(update={"sources": tuple(many)}))
+    assert page.count("corpus 15") == page.count("corpus 16") + 1 and "2 more sources" in page
 
 
 def test_the_page_and_the_command(store: Path, tmp_path: Path) -> None:
