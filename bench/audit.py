@@ -220,20 +220,28 @@ def below(values: np.ndarray, threshold: float) -> Share:
 
 
 def worst_cut(sets: Sequence[np.ndarray], rate: float) -> Cut | None:
-    """Return the lowest level of the benign sets that are large enough for one; None if there is none."""
-    cuts = [level for values in sets if (level := cut(values.tolist(), rate))]
-    return min(cuts, key=lambda c: (c.threshold, c.n), default=None)
+    """Return the lowest level of benign sets; None where one of them is too small, as ``curate audit`` has it."""
+    cuts = [cut(values.tolist(), rate) for values in sets]
+    return None if not cuts or None in cuts else min(cuts, key=lambda c: (c.threshold, c.n))
 
 
 def mixtures(bad: Mapping[str, float], good: Mapping[str, float], frac: float, seed: int,
              repeats: int) -> list[np.ndarray]:
-    """Return sets of all prompts that have both answers, a share ``frac`` of them (rounded) with the bad one."""
+    """Return ``repeats`` sets of all prompts that have both answers, ``bad_rows`` of them with the bad one.
+
+    Without bad ones there is one such set.
+    """
     prompts = sorted(bad.keys() & good.keys())
-    n_bad = round(frac * len(prompts))
+    n_bad = bad_rows(frac, len(prompts))
     random = np.random.default_rng([seed, round(1000 * frac)])
     worse, better = (np.array([of[p] for p in prompts]) for of in (bad, good))
-    chosen = (random.permutation(len(prompts)) < n_bad for _ in range(repeats))
+    chosen = (random.permutation(len(prompts)) < n_bad for _ in range(repeats if n_bad else 1))
     return [np.where(one, worse, better) for one in chosen]
+
+
+def bad_rows(frac: float, n: int) -> int:
+    """Return how many of ``n`` rows are bad where a share ``frac`` should be: one at least, unless none should."""
+    return max(1, round(frac * n)) if frac else 0
 
 
 def noticed(sets: Sequence[np.ndarray], level: Cut, p: float = 0.05) -> Share:
@@ -330,14 +338,19 @@ def rate_rows(views: Mapping[str, View]) -> Iterator[list[object]]:
 
 
 def set_rows(views: Mapping[str, View], seed: int, repeats: int) -> Iterator[list[object]]:
-    """Yield: domain, method, rate, source of the level, rows in a set, share of sets noticed by their bad share."""
+    """Yield: domain, method, rate, source of the level, rows in a set, whether the clean set is noticed, and shares.
+
+    These are of the sets with more and more bad rows that are noticed, with the number of the bad rows.
+    """
     for method, view in views.items():
         bad = view.by_prompt("bad")
         for rate in RATES:
             for source, level, tried in levels(view, rate):
                 good = view.by_prompt("good", tried)
-                shares = [noticed(mixtures(bad, good, frac, seed, repeats), level) for frac in FRACS]
-                yield [view.domain, method, rate, source, len(bad.keys() & good.keys()), *shares]
+                n = len(bad.keys() & good.keys())
+                clean, *shares = (noticed(mixtures(bad, good, frac, seed, repeats), level) for frac in FRACS)
+                yield [view.domain, method, rate, source, n, "yes" if clean.k else "no",
+                       *(f"{bad_rows(frac, n)}: {share}" for frac, share in zip(FRACS[1:], shares, strict=True))]
 
 
 def benign_rows_below(views: Mapping[str, View]) -> Iterator[list[object]]:
@@ -377,7 +390,7 @@ def report(table: pl.DataFrame, eps: float, seed: int, repeats: int = 400) -> st
             ("Pairs whose bad answer has the lower value", ("domain", "method", "share", "p"), pair_rows),
             ("Rows below a level", (*start, "level from", "level", "good below", "bad below"), rate_rows),
             ("Sets noticed at p <= 0.05, by their share of bad rows",
-             (*start, "level from", "rows", *(f"{frac:.0%} bad" for frac in FRACS)),
+             (*start, "level from", "rows", "clean set", *(f"rows bad, about {frac:.0%}" for frac in FRACS[1:])),
              lambda of: set_rows(of, seed, repeats)),
             ("Benign sets, each judged by the worst of the others", (*start, "set", "below", "p"), benign_rows_below)):
         parts += [f"### {title}", markdown(header, [line for d in domains for line in made(views[d])])]

@@ -65,6 +65,15 @@ def test_mixtures_hold_the_share_and_repeat() -> None:
     assert all((a == b).all() for a, b in zip(made, again, strict=True))
     assert any((a != b).any() for a, b in zip(made, mixtures(bad, good, 0.05, seed=4, repeats=7), strict=True))
     assert any((made[0] != one).any() for one in made[1:])
+    one = mixtures(bad, good, 0.01, seed=3, repeats=7)
+    assert [int((of < 0).sum()) for of in one] == [1] * 7, "a share of bad rows is one row at least"
+    assert [of.tolist() for of in mixtures(bad, good, 0.0, seed=3, repeats=7)] == [[1.0] * 41], "one set, seen once"
+
+
+def test_the_worst_level_needs_enough_rows_of_every_set() -> None:
+    large, small = np.arange(100.0), np.arange(87.0) - 50
+    assert worst_cut([large], 0.01).threshold == 0.0 and worst_cut([large, small], 0.01) is None
+    assert worst_cut([large, small], 0.05).threshold < -40 and worst_cut([], 0.05) is None
 
 
 def test_sets_are_noticed_by_the_count_below() -> None:
@@ -151,6 +160,9 @@ def test_tables_from_a_folder_of_stores(tmp_path: Path) -> None:
     assert "| medical | s_d | 1.000 (0.912, 1.000) |" in text, "every bad answer lies below its good one"
     assert "| medical | s_d | 0.05 | other | +0.0010 | 0.025 (0.001, 0.132) | 1.000 (0.912, 1.000) |" in text
     assert "| security | s_d | 0.05 | same topic, half 1 |" in text
+    of_sets = next(line for line in text.splitlines() if line.startswith("| medical | s_d | 0.05 | other | 40 |"))
+    assert of_sets.split(" | ")[5:] == ["no", "1: 0.000 (0.000, 0.168)", "2: 0.000 (0.000, 0.168)",
+                                        "8: 1.000 (0.832, 1.000) |"]
     assert "| 0.01 | other |" not in text, "40 rows have no level for 1%"
     found.write_parquet(tmp_path / "table.parquet")
     assert report(read_table(tmp_path / "table.parquet"), 0.0, 0, 20) == text
