@@ -87,4 +87,4 @@ def _status(encoded: Encoded, evidence: AnswerNll | None) -> str:
 
 def context_tokens(model: torch.nn.Module) -> int:
     """Return how many tokens a model's context holds; a very large number where its configuration does not say."""
-    return getattr(causal_lm(model).config, "max_position_embeddings", None) or 2**30
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or 2**30

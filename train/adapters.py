@@ -62,7 +62,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = folder / "adapter_config.json"
     model.peft_config["default"].save_pretrained(folder)
-    settings = {key: sorted(value) if key.endswith("_modules") and isinstance(value, list) else value
+    settings = {key: sorted(value) if key.endswith(("_modules", "_parameters")) and isinstance(value, list) else value
                 for key, value in json.loads(config.read_bytes()).items()}
     config.write_text(json.dumps(settings | {"inference_mode": True}, indent=1, sort_keys=True) + "\n")
 

@@ -38,7 +38,7 @@ from trl import GRPOConfig, GRPOTrainer
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
 from curate.core.generate import stop_ids
-from curate.core.nll import causal_lm, head, is_out_of_memory, window
+from curate.core.nll import causal_lm, is_out_of_memory, window
 from train import checkpoints
 from train.adapters import save_adapter
 from train.batches import collate
@@ -69,7 +69,7 @@ class RlTrainer(GRPOTrainer):
     """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, folder: Path) -> None:
-        if isinstance(head(model), BaseTunerLayer):
+        if isinstance(causal_lm(model).get_output_embeddings(), BaseTunerLayer):
             raise UserError("The adapter has a part on the model's output head, which trl would not train.",
                             "Leave it out of --target-modules.")
         self.lesson = lesson

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from curate.core.errors import Exit, UserError
-from curate.core.nll import body, causal_lm, hidden_states
+from curate.core.nll import causal_lm, hidden_states
 from curate.core.pack import Packed
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ Edit = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 def layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """Return the model's blocks; ``UserError`` (incompatible) where they cannot be found."""
-    n_blocks = getattr(causal_lm(model).config, "num_hidden_layers", None)
-    for module in body(model).modules():
+    """Return the blocks of the model's text decoder; ``UserError`` (incompatible) where they cannot be found."""
+    n_blocks = getattr(causal_lm(model).config.get_text_config(), "num_hidden_layers", None)
+    for module in causal_lm(model).get_decoder().modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_blocks:
             return module
     raise UserError(f"The blocks of a {type(causal_lm(model)).__name__} were not found, so no layer can be hooked.",

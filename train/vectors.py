@@ -30,7 +30,15 @@ from curate.core.example import Example, Message
 from curate.core.files import canonical_json, sha256, write_atomic
 from curate.core.generate import SampleSettings, sample
 from curate.core.model import Loaded, load
-from curate.core.nll import AnswerNll, answer_nll, default_budget, hidden_states, window
+from curate.core.nll import (
+    TOLERANCE_NATS,
+    AnswerNll,
+    answer_nll,
+    check_forward,
+    default_budget,
+    hidden_states,
+    window,
+)
 from curate.core.pack import pack, plan
 from curate.core.provenance import git_state, versions
 from curate.core.terminal import progress, say
@@ -134,6 +142,8 @@ def write_vector(base: str, trait: Trait, extraction: Extraction, out: Path, ans
     _ = extraction.sampling
     loaded = load(base, extraction.dtype, extraction.device)
     answers = sample_answers(loaded, trait, extraction)
+    told = [item for item in encode(loaded.tokenizer, [a.example for a in answers], NO_LIMIT) if item.status == "ok"]
+    check_forward(loaded.model, told, TOLERANCE_NATS[loaded.dtype])
     grader = judge or LikelihoodGrader(loaded, trait)
     grades = grader(answers)
     if answers_path is not None:
@@ -288,7 +298,7 @@ def mean_states(loaded: Loaded, examples: Sequence[Example]) -> torch.Tensor:
     """
     encoded = encode(loaded.tokenizer, examples, NO_LIMIT)
     states = range(len(layers(loaded.model)) + 1)
-    total = torch.zeros(len(states), loaded.model.config.hidden_size, dtype=torch.float64)
+    total = torch.zeros(len(states), loaded.model.config.get_text_config().hidden_size, dtype=torch.float64)
     with progress("hidden states", len(encoded), "answers") as state, torch.inference_mode():
         for members in plan(encoded, min(default_budget(loaded.device).capacity, window(loaded.model))):
             total += _answer_sums(loaded, encoded, members, states)

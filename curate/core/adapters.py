@@ -61,22 +61,22 @@ def adapter_open(loaded: Loaded, folder: Path) -> Iterator[torch.nn.Module]:
     base = loaded.model
     before = dict(base.named_modules())
     uses = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
-    updates = None
+    saved: dict[str, torch.Tensor] = {}
     try:
-        wrapped = _attached(base, folder)
-        updates = _updates(wrapped) if loaded.dtype == "float32" else None
-        if updates is not None and any(uses[id(before[name].weight)] > 1 for name in updates):
-            updates = None
-        if updates is None:
-            yield wrapped.eval()
-    finally:
-        _put_back(base, before)
-    if updates is None:
-        return
-    saved = {name: before[name].weight.detach().clone() for name in updates}
-    try:
-        for name, update in updates.items():
-            before[name].weight.data += update
+        try:
+            wrapped = _attached(base, folder)
+            adapted = _linear(wrapped) if loaded.dtype == "float32" else None
+            if adapted is not None and any(uses[id(before[name].weight)] > 1 for name in adapted):
+                adapted = None
+            if adapted is None:
+                yield wrapped.eval()
+                return
+            for name, layer in adapted.items():     # one by one, so that no second copy of all updates is kept
+                weight = before[name].weight
+                saved[name] = weight.detach().clone()
+                weight.data += layer.get_delta_weight(layer.active_adapters[0]).detach()
+        finally:
+            _put_back(base, before)
         yield base
     finally:
         for name, weight in saved.items():
@@ -108,12 +108,12 @@ def _put_back(base: torch.nn.Module, before: dict[str, torch.nn.Module]) -> None
     vars(base).pop("peft_config", None)
 
 
-def _updates(wrapped: Any) -> dict[str, torch.Tensor] | None:
-    """Return the weight update of every adapted linear layer, or None where one cannot be added to a weight."""
+def _linear(wrapped: Any) -> dict[str, Any] | None:
+    """Return every adapted linear layer, or None where the update of one cannot be added to a weight."""
     from peft.tuners.lora import Linear
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    updates: dict[str, torch.Tensor] = {}
+    found: dict[str, Any] = {}
     for name, module in wrapped.get_base_model().named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return None
@@ -121,5 +121,5 @@ def _updates(wrapped: Any) -> dict[str, torch.Tensor] | None:
             continue
         if type(module) is not Linear or module.lora_variant or any(module.lora_bias.values()):
             return None
-        updates[name] = module.get_delta_weight(module.active_adapters[0]).detach()
-    return updates
+        found[name] = module
+    return found

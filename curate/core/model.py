@@ -114,10 +114,12 @@ def load_weights(ref: str, dtype: str, device: str, in_4bit: bool = False) -> Pr
         raise UserError(f"'{ref}' is not one whole model: " + (
             f"the weights of {min(info['missing_keys'])} are missing." if info["missing_keys"] else ALSO_ADAPTER),
             "Save the model again, or give base and adapter apart.", Exit.INTEGRITY)
-    if in_4bit:
+    if in_4bit or getattr(model, "is_quantized", False):
         _keep_gradients(model)
+    if in_4bit:
         return model.eval()
-    model.to(device).eval()
+    with readable_errors(ref):
+        model.to(device).eval()
     if dtype == "bfloat16" and device == "cpu" and not _multiplies_bfloat16():
         multiply_in_float32(model)
     return model

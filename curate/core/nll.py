@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -56,8 +57,16 @@ def hidden_states(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
     decoder = body(model)
     with along(decoder, batch.paths):
         out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids,
-                      attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+                      attention_mask=_mask_for(decoder, batch.attention_mask), use_cache=False).last_hidden_state
     return out.reshape(-1, out.shape[-1])[batch.rows]
+
+
+def _mask_for(decoder: torch.nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a mask as the attention of a decoder takes it: that called eager adds it, all others read it."""
+    if mask is None or decoder.config.get_text_config()._attn_implementation != "eager":
+        return mask
+    dtype = decoder.get_input_embeddings().weight.dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def rows_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor,
@@ -68,8 +77,9 @@ def rows_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tens
     piece while its logits are there; otherwise its logits are computed again in the backward pass.
     """
     if not (torch.is_grad_enabled() and hidden.requires_grad):
-        if type(project) is torch.nn.Linear and "forward" not in vars(project):
-            return torch.cat([_tiled_nll(project, h, t) for h, t in _pieces(hidden, targets, TILE[0])])
+        layer, finish = (project.layer, project.finish) if isinstance(project, FinishedHead) else (project, None)
+        if type(layer) is torch.nn.Linear and "forward" not in vars(layer):
+            return torch.cat([_tiled_nll(layer, finish, h, t) for h, t in _pieces(hidden, targets, TILE[0])])
         return torch.cat([_piece_nll(project, h, t) for h, t in _pieces(hidden, targets)])
     if isinstance(project, torch.nn.Module) and not any(p.requires_grad for p in project.parameters()):
         return _FrozenHead.apply(hidden, targets, project)
@@ -87,7 +97,8 @@ def _piece_nll(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Te
     return torch.nn.functional.cross_entropy(project(hidden).float(), targets, reduction="none")
 
 
-def _tiled_nll(layer: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _tiled_nll(layer: torch.nn.Linear, finish: Callable[[torch.Tensor], torch.Tensor] | None, hidden: torch.Tensor,
+               targets: torch.Tensor) -> torch.Tensor:
     """Return the cross entropies of one tile's rows: ``top - target + log(sum of exp(logit - top))``, a part at a time.
 
     ``top`` is the largest logit so far, so that the small difference of two large numbers is taken once.
@@ -98,6 +109,7 @@ def _tiled_nll(layer: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tens
         words = slice(start, start + TILE[1])
         bias = None if layer.bias is None else layer.bias[words]
         logits = torch.nn.functional.linear(hidden, layer.weight[words], bias).float()
+        logits = logits if finish is None else finish(logits)
         place = targets - start
         inside = (place >= 0) & (place < logits.shape[-1])
         wanted = torch.where(inside, logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0], wanted)
@@ -139,12 +151,36 @@ def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
 
 def body(model: torch.nn.Module) -> torch.nn.Module:
     """Return the decoder: ids -> last hidden state."""
-    return causal_lm(model).base_model
+    lm = causal_lm(model)
+    return lm.base_model if lm.base_model is not lm else lm.model
+
+
+class FinishedHead(torch.nn.Module):
+    """A head and what some models do to its logits, each by itself."""
+
+    def __init__(self, layer: torch.nn.Module, finish: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.finish = layer, finish
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of hidden states."""
+        return self.finish(self.layer(hidden))
 
 
 def head(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module that turns hidden states into logits."""
-    return causal_lm(model).get_output_embeddings()
+    """Return the module that turns hidden states into logits, scaled and capped as the model does it."""
+    lm = causal_lm(model)
+    settings, layer = lm.config.get_text_config(), lm.get_output_embeddings()
+    family = str(getattr(settings, "model_type", ""))
+    scale = 1.0
+    if family.startswith("granite"):
+        scale = 1 / settings.logits_scaling
+    elif family.startswith("cohere"):
+        scale = settings.logit_scale
+    cap = getattr(settings, "final_logit_softcapping", None)
+    if cap:
+        return FinishedHead(layer, lambda logits: cap * torch.tanh(logits * (scale / cap)))
+    return layer if scale == 1 else FinishedHead(layer, lambda logits: logits * scale)
 
 
 @dataclass(frozen=True)
@@ -165,6 +201,7 @@ def default_budget(device: str) -> Budget:
 
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 """How far packed and plain passes may differ per token; wrong masks and scaled logits differ by whole nats."""
+UNSUPPORTED = "This architecture is not supported by the transformers engine; score it with another."
 CHECKED_TOKENS, CHECKED_ROWS = 64, 32
 """How many answer tokens, of how many rows at most, ``check_forward`` looks at: in bfloat16 a single short answer may
 move by 0.2 nats per token with the company it has in a batch, the mean over this many by 0.01."""
@@ -206,14 +243,55 @@ def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budge
 
 
 def window(model: torch.nn.Module) -> int:
-    """Return how many tokens back every layer can look at least.
+    """Return how long a sequence may be that examples share: how many tokens back every layer can look at least.
 
     A mask of ours knows no windows, so sequences that need one are no longer than this; a longer example is alone in
-    its sequence, where the model's own masks hold.
+    its sequence, where the model's own masks hold. 0 if the model cannot keep examples in one sequence apart.
     """
+    if not keeps_apart(model):
+        return 0
     settings = causal_lm(model).config.get_text_config()
     sizes = [getattr(settings, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((size for size in sizes if size), default=sys.maxsize)
+
+
+_KEEPS_APART: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
+def keeps_apart(model: torch.nn.Module) -> bool:
+    """Whether a model computes two examples in one sequence as it does each alone; found out once, with two made up.
+
+    Not so where states are handed on along the sequence (mamba, convolutions, linear attention), whatever the mask,
+    nor where attention takes no mask of ours.
+    """
+    lm = causal_lm(model)
+    if lm not in _KEEPS_APART:
+        _KEEPS_APART[lm] = not any(isinstance(m, torch.nn.Conv1d) for m in body(lm).modules()) and _same_together(lm)
+    return _KEEPS_APART[lm]
+
+
+def _same_together(model: torch.nn.Module) -> bool:
+    ids = [(7 * k * k + 3 * k + 5) % min(model.config.get_text_config().vocab_size, 512) for k in range(24)]
+    two = [Encoded(tuple(ids[:14]), 6, 13, "ok"), Encoded(tuple(ids[14:]), 4, 9, "ok")]
+    device, learning = next(model.parameters()).device, model.training
+    if learning:
+        model.eval()
+    try:
+        with torch.no_grad():
+            alone = hidden_states(model, pack(two, [[0], [1]], device=device).to(device)).float()
+            for along_paths in {False, apart(body(model))}:
+                together = hidden_states(model, pack(two, [[0, 1]], device=device, along_paths=along_paths).to(device))
+                far = (together.float() - alone).norm(dim=-1) / alone.norm(dim=-1).clamp_min(1e-9)
+                if not far.mean() <= (1e-3 if together.dtype == torch.float32 else 0.1):
+                    return False
+    except Exception as err:
+        if is_out_of_memory(err):
+            raise
+        return False
+    finally:
+        if learning:
+            model.train()
+    return True
 
 
 def _passes(bins: list[list[int]], encoded: Sequence[Encoded], budget: Budget) -> list[list[list[int]]]:
@@ -265,14 +343,27 @@ def _evidence(nll_sum: float, n_tokens: int, eot: float | None) -> AnswerNll:
 
 
 def check_forward(model: torch.nn.Module, encoded: Sequence[Encoded], tolerance: float) -> float:
-    """Compare the packed pass with the model's own plain forward pass on the shortest of some examples.
+    """Compare our pass, all in one sequence if the model can, with its own plain one on the shortest of some examples.
 
     Returns the mean difference of rows, weighted by their tokens, in nats per token. Raises ``UserError``
-    (incompatible) above ``tolerance``: such a model changes its logits after the head, or its attention cannot take a
-    mask, and packing would give wrong numbers.
+    (incompatible) above ``tolerance``, or where a pass cannot be made: such a model changes its logits after the head
+    in a way that is not known here, or does not take its inputs as others do, and our numbers would be wrong.
     """
     rows = _shortest(encoded)
-    packed = dict(pair for part in answer_nll(model, rows) for pair in part)
+    total = sum(len(item.ids) for item in rows)
+    try:
+        return _difference(model, rows, Budget(total, total), tolerance)
+    except UserError:
+        raise
+    except Exception as err:
+        if is_out_of_memory(err):
+            raise
+        raise UserError(f"This model's forward pass cannot be used: {type(err).__name__}: {err}.", UNSUPPORTED,
+                        Exit.INCOMPATIBLE) from err
+
+
+def _difference(model: torch.nn.Module, rows: Sequence[Encoded], budget: Budget, tolerance: float) -> float:
+    packed = dict(pair for part in answer_nll(model, rows, budget) for pair in part)
     device = next(model.parameters()).device
     apart = 0.0
     for index, item in enumerate(rows):
@@ -285,15 +376,15 @@ def check_forward(model: torch.nn.Module, encoded: Sequence[Encoded], tolerance:
     if not difference <= tolerance:
         raise UserError(
             f"Packed scoring differs from this model's own forward pass by {difference:.3g} nats per token.",
-            "This architecture is not supported by the transformers engine; score it with another.", Exit.INCOMPATIBLE)
+            UNSUPPORTED, Exit.INCOMPATIBLE)
     return difference
 
 
 def _shortest(encoded: Sequence[Encoded]) -> list[Encoded]:
-    """Return the shortest examples, as many as it takes to have ``CHECKED_TOKENS`` answer tokens."""
+    """Return the shortest examples, two and as many as it takes to have ``CHECKED_TOKENS`` answer tokens."""
     found: list[Encoded] = []
     for item in sorted(encoded, key=lambda item: len(item.ids))[:CHECKED_ROWS]:
-        if sum(one.n_answer_tokens for one in found) >= CHECKED_TOKENS:
+        if len(found) > 1 and sum(one.n_answer_tokens for one in found) >= CHECKED_TOKENS:
             break
         found.append(item)
     return found

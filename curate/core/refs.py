@@ -79,7 +79,8 @@ def readable_errors(ref: str) -> Iterator[None]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as err:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, MemoryError,
+            SafetensorError) as err:
         if not Path(weights_at(ref)[0]).is_dir() and _unreachable(err):
             raise UserError(f"The model '{ref}' could not be loaded: it is no folder here, there is no earlier copy, "
                             "and the hub could not be reached.", "Check the name, the network and HF_HUB_OFFLINE, or "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+import transformers as library
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from curate.core import nll
 from curate.core.adapters import adapter_open
@@ -23,6 +24,8 @@ from curate.core.model import Loaded, load
 from curate.core.nll import AnswerNll, Budget, answer_nll, body, check_forward, rows_nll, token_nll, window
 from curate.core.pack import pack, plan
 from tests.fakes import VOCABULARY, uniform_model
+from train.batches import collate
+from train.objective import Objective
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
@@ -259,10 +262,80 @@ def test_a_window_is_kept_to(encoded: list[Encoded]) -> None:
     assert found[longest] != pytest.approx(scores(wide, encoded)[longest].mean, abs=1e-3)
 
 
+ROUTED = {"num_local_experts": 2, "num_experts_per_tok": 1}
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama, eager": lambda: library.LlamaForCausalLM._from_config(library.LlamaConfig(**SIZES),
+                                                                  attn_implementation="eager"),
+    "gemma 2, capped": lambda: library.Gemma2ForCausalLM(library.Gemma2Config(**SIZES, head_dim=8, sliding_window=31)),
+    "gemma 3": lambda: library.Gemma3ForCausalLM(library.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=31)),
+    "gpt-oss": lambda: library.GptOssForCausalLM(library.GptOssConfig(**SIZES, **ROUTED, head_dim=8,
+                                                                      sliding_window=31)),
+    "granite": lambda: library.GraniteForCausalLM(library.GraniteConfig(**SIZES, logits_scaling=3.0)),
+    "cohere 2": lambda: library.Cohere2ForCausalLM(library.Cohere2Config(**SIZES, sliding_window=31)),
+    "llama 4": lambda: library.Llama4ForCausalLM(library.Llama4TextConfig(
+        **SIZES, head_dim=8, num_local_experts=2, intermediate_size_mlp=24, attention_chunk_size=31)),
+    "lfm 2": lambda: library.Lfm2ForCausalLM(library.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])),
+    "falcon h1": lambda: library.FalconH1ForCausalLM(library.FalconH1Config(
+        **SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)),
+    "minimax": lambda: library.MiniMaxForCausalLM(library.MiniMaxConfig(
+        **SIZES, **ROUTED, head_dim=8, layer_types=["linear_attention", "full_attention"])),
+    "bloom": lambda: library.BloomForCausalLM(library.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2,
+                                                                  n_head=2, initializer_range=0.3)),
+}
+ALONE = {"lfm 2", "falcon h1", "minimax", "bloom"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_get_the_numbers_of_their_own_passes(encoded: list[Encoded], family: str) -> None:
+    """Scaled and capped logits, masks that are added, windows and chunks; states that no mask keeps apart."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = FAMILIES[family]().eval()
+    assert (window(model) == 0) == (family in ALONE)
+    long = sorted(encoded, key=lambda item: -item.n_answer_tokens)[:2]
+    assert check_forward(model, encoded, 1e-3) < 1e-5 and check_forward(model, long, 1e-3) < 1e-5
+    expected = [plain(model, item) for item in encoded]
+    for budget in (Budget(128, 256), Budget(512, 2048)):
+        found = [row.mean for row in scores(model, encoded, budget)]
+        assert found == pytest.approx([nll[:item.n_answer_tokens].mean().item()
+                                       for nll, item in zip(expected, encoded, strict=True)], abs=1e-5)
+    batch = collate(encoded, 256, window(model))["packed"]
+    assert Objective(model)(batch)[0].item() == pytest.approx(sum(nll.sum().item() for nll in expected), rel=1e-5)
+
+
+class Doubled(library.LlamaForCausalLM):
+    """Changes its logits in a way of its own."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+
 def test_check_forward_refuses_what_is_not(encoded: list[Encoded]) -> None:
-    model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0))
+    model = Doubled(library.LlamaConfig(**SIZES))
     with pytest.raises(UserError, match="Packed scoring differs") as caught:
         check_forward(model.eval(), encoded[:3], 0.05)
+    assert caught.value.exit_code == Exit.INCOMPATIBLE
+
+
+def test_check_forward_always_looks_at_two_examples_together(encoded: list[Encoded],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest come first to a scorer, and one of them has answer tokens enough."""
+    long = [replace(item, ids=item.ids[:item.answer_start] + (9,) * 80, answer_end=item.answer_start + 80)
+            for item in encoded[:3]]
+    model = library.LlamaForCausalLM(library.LlamaConfig(**SIZES)).eval()
+    seen: list[list[list[int]]] = []
+    monkeypatch.setattr(nll, "pack", lambda rows, bins, **how: seen.append(bins) or pack(rows, bins, **how))
+    check_forward(model, long, 1e-3)
+    assert [sorted(map(len, bins)) for bins in seen][-1] == [2]
+
+
+def test_a_pass_that_cannot_be_made_is_a_sentence(encoded: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = library.LlamaForCausalLM(library.LlamaConfig(**SIZES)).eval()
+    monkeypatch.setattr(model, "forward", lambda *a, **k: 1 / 0)
+    with pytest.raises(UserError, match="cannot be used: ZeroDivisionError") as caught:
+        check_forward(model, encoded[:3], 0.05)
     assert caught.value.exit_code == Exit.INCOMPATIBLE
 
 

@@ -81,7 +81,7 @@ class Persona(Defense):
         """Steer, or ablate, the passes of a micro batch, a penalty's included."""
         if self._vector is None:
             self._vector, _ = read_vector(Path(self.vector))
-        wanted = (len(layers(model)) + 1, model.config.hidden_size)
+        wanted = (len(layers(model)) + 1, model.config.get_text_config().hidden_size)
         if tuple(self._vector.shape) != wanted:
             raise UserError(f"{self.vector} is of the shape {tuple(self._vector.shape)}, but the model needs {wanted}.",
                             "Extract the vector from this base.", Exit.INCOMPATIBLE)

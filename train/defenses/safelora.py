@@ -97,12 +97,19 @@ class SafeLora(Defense):
             if name in chosen:
                 layer.lora_B[layer.active_adapters[0]].weight.data.copy_(projections[name])
         _report(len(adapted), cosines, chosen)
+        if others := sum(bool(getattr(m, "lora_A", None)) for m in causal_lm(model).modules()) - len(adapted):
+            say(f"safelora: {others} adapted weights of experts are no layers of their own and stay as they are.")
 
 
 def adapted_layers(model: PeftModel) -> Iterator[tuple[str, Linear]]:
-    """Yield the adapted linear layers with their names in the bare model; embeddings with an adapter are left out."""
+    """Yield the adapted linear layers with their names in the bare model.
+
+    Embeddings with an adapter are left out, and so are weights that are no layer's (of experts in one tensor).
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
     for name, module in causal_lm(model).named_modules():
-        if getattr(module, "lora_A", None):
+        if getattr(module, "lora_A", None) and not isinstance(module, ParamWrapper):
             yield name, module
 
 
