@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from curate.core.errors import Exit, UserError
 from curate.core.model import load, multiply_in_float32, pick_device, pick_dtype
 from tests.core.changed import CONFIG, as_pickle, copied, edit
+from tests.fakes import tiny_model
 
 
 def without_a_tensor(folder: Path) -> None:
@@ -74,3 +76,22 @@ def test_bfloat16_products_are_rounded_once_at_the_end() -> None:
     found = model(torch.ones(1, 7, dtype=torch.bfloat16))
     assert found.dtype == torch.bfloat16 and layer.weight.dtype == torch.bfloat16
     assert found.tolist() == [[262.0, 0.0]], "256 + 1 is 256 in bfloat16, so sums along the way must be longer"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_a_quantised_checkpoint_whose_library_is_missing_is_a_sentence(tmp_path: Path, method: str) -> None:
+    folder = tiny_model(tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32, "zero_point": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="could not be loaded"):
+        load(str(folder), "float32", "cpu")
+
+
+def test_no_room_on_a_device_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, device: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", full)
+    with pytest.raises(UserError, match="could not be loaded: CUDA out of memory"):
+        load(str(tiny_model(tmp_path / "large")), "float32", "cpu")

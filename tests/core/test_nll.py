@@ -74,6 +74,7 @@ def test_a_uniform_model_costs_ln_v_per_token(tmp_path: Path, encoded: list[Enco
 def test_packed_equals_each_example_alone(loaded: Loaded, encoded: list[Encoded], budget: Budget, along_paths: bool,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     masks, real = [], nll.pack
+    window(loaded.model)      # found out once for a model, by passes of its own
     assert apart(body(loaded.model))
     if not along_paths:
         monkeypatch.setattr(nll, "apart", lambda decoder: False)
