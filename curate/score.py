@@ -27,7 +27,7 @@ from curate.chunks import (
     missing_chunks,
     nll_table,
 )
-from curate.core.chat import ENCODING
+from curate.core.chat import ENCODING, template_gap
 from curate.core.documents import EnsembleSpec, ModelIdentity, RunCard
 from curate.core.errors import Exit, UserError
 from curate.core.identity import check_base, identify, read_run
@@ -122,6 +122,9 @@ def prepared(job: ScoreJob, compute: Compute) -> Prepared:
     """Check the models of a job against each other and settle the engine; nothing is loaded yet."""
     identity, tokenizer = identify(job.aligned)
     models = models_of(job, identity, tokenizer)
+    if gap := template_gap(tokenizer):
+        say(f"This tokenizer merges across the ends of template pieces: {gap} ids of a short conversation differ from "
+            "those of its rendered template. All models are given the same ids.")
     adapters = {model.name: adapter for model, adapter in models if adapter is not None}
     engine, dtype, device = compute.settle(job.engine, job.dtype, job.device, adapters)
     header = StoreHeader(aligned=identity, engine=engine.name, dtype=dtype, encoding=ENCODING,
