@@ -182,7 +182,7 @@ def sampled(examples: Iterator[Example], sampling: Sampling) -> Iterator[Example
 
 
 def _table(examples: Sequence[Example], corpus: str, tokenizer: object, max_tokens: int) -> pa.Table:
-    encoded = encode(tokenizer, examples, max_tokens)
+    encoded = encode(tokenizer, examples, max_tokens, strict=False)
     columns = {
         "example_id": [e.id for e in examples], "corpus": [corpus] * len(examples),
         "prompt": [e.prompt for e in examples], "answer": [e.answer for e in examples],

@@ -1,8 +1,9 @@
 """Selection: which scored rows go into a mix, and why each other row does not.
 
 Rows pass through gates in a fixed order; each dropped row has exactly one reason, the first gate that stopped it:
-its status (too_long, empty_answer, nonfinite, missing), ``in_finetune``, ``short``, ``duplicate``, ``refusal``, and
-at last ``not_selected``. What is left is ranked, by s_d (highest first) or at random, ties broken by id.
+its status (too_long, empty_answer, unrenderable, nonfinite, missing), ``in_finetune``, ``short``, ``duplicate``,
+``refusal``, and at last ``not_selected``. What is left is ranked, by s_d (highest first) or at random, ties broken by
+id.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Encoded:
     """One example as token ids: ``ids = prompt + answer + [end of turn]``.
 
     ``ids[answer_start:answer_end]`` is the answer; ``ids[answer_end]`` the end-of-turn token, where the template has
-    one. ``status`` is ``ok``, ``empty_answer`` or ``too_long``; only ``ok`` examples go to a model.
+    one. ``status`` is ``ok``, ``empty_answer``, ``too_long`` or ``unrenderable``; only ``ok`` examples go to a model.
     """
 
     ids: tuple[int, ...]
@@ -72,17 +72,20 @@ class Encoded:
         return len(self.ids) > self.answer_end
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_tokens: int) -> list[Encoded]:
+def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_tokens: int,
+           strict: bool = True) -> list[Encoded]:
     """Encode conversations; the k-th result belongs to the k-th example.
 
     Nothing is cut: an example of more than ``max_tokens`` ids gets the status ``too_long``, an answer of nothing but
-    white space ``empty_answer``. Raises ``UserError`` where the tokenizer has no usable chat template.
+    white space ``empty_answer``. Raises ``UserError`` where the tokenizer has no usable chat template, or where it
+    knows no turn of an example's roles; unless ``strict``, such an example gets the status ``unrenderable``.
     """
     contents = [m.content for e in examples for m in e.messages]
     tokens = iter(_content_ids(tokenizer, contents))
-    encoded = [_assemble(_pieces(tokenizer, tuple(m.role for m in e.messages)), [next(tokens) for _ in e.messages],
-                         max_tokens) for e in examples]
-    return [item if example.answer.strip() else replace(item, status="empty_answer")
+    roles = [tuple(m.role for m in e.messages) for e in examples]
+    shapes = {of: _shape(tokenizer, of, strict) for of in dict.fromkeys(roles)}
+    encoded = [_assemble(shapes[of], [next(tokens) for _ in of], max_tokens) for of in roles]
+    return [item if example.answer.strip() or item.status == "unrenderable" else replace(item, status="empty_answer")
             for item, example in zip(encoded, examples, strict=True)]
 
 
@@ -120,7 +123,21 @@ def template_gap(tokenizer: PreTrainedTokenizerBase) -> int:
     return sum(a != b for a, b in zip(ours, whole, strict=False)) + max(0, len(ours) - len(whole))
 
 
-def _assemble(pieces: tuple[tuple[int, ...], ...], contents: list[list[int]], max_tokens: int) -> Encoded:
+def _shape(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...],
+           strict: bool) -> tuple[tuple[int, ...], ...] | None:
+    """Return the pieces around turns of these roles; None for roles, unless ``strict``, that the template has not."""
+    try:
+        return _pieces(tokenizer, roles)
+    except UserError:
+        if strict:
+            raise
+    _pieces(tokenizer, ("user", "assistant"))    # a template that cannot do this is no use for any example
+    return None
+
+
+def _assemble(pieces: tuple[tuple[int, ...], ...] | None, contents: list[list[int]], max_tokens: int) -> Encoded:
+    if pieces is None:
+        return Encoded((), 0, 0, "unrenderable")
     ids: list[int] = []
     for piece, content in zip(pieces, contents, strict=False):
         ids += piece

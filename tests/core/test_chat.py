@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -183,6 +184,25 @@ def test_unusable_templates_are_refused(template: str | None, reason: str) -> No
     with pytest.raises(UserError, match=reason) as caught:
         one(tiny_tokenizer(template=template), SYSTEM)
     assert caught.value.exit_code == Exit.INCOMPATIBLE and caught.value.hint
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, CHATML.replace("for m in messages %}", "for m in messages if m.role "
+                                                                "!= 'system' %}")], ids=["refused", "dropped"])
+def test_a_turn_that_the_template_does_not_know_costs_its_row_only(template: str) -> None:
+    """A corpus may hold a few; a training row is refused."""
+    tokenizer = tiny_tokenizer(template=template)
+    found = encode(tokenizer, [pair("u", "x"), SYSTEM, pair("v", "yz"), replace(SYSTEM, messages=(
+        *SYSTEM.messages[:-1], Message("assistant", " ")))], 512, strict=False)
+    assert [item.status for item in found] == ["ok", "unrenderable", "ok", "unrenderable"] and not found[1].ids
+    assert [found[0], found[2]] == encode(tokenizer, [pair("u", "x"), pair("v", "yz")], 512)
+    with pytest.raises(UserError, match=r"cannot render|drops or reorders"):
+        encode(tokenizer, [pair("u", "x"), SYSTEM], 512)
+    with pytest.raises(UserError, match="nothing at all before"):
+        encode(tiny_tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}"), [SYSTEM], 512,
+               strict=False)
 
 
 @pytest.mark.parametrize("now", [

@@ -19,7 +19,7 @@ import curate.score as scoring
 from curate.chunks import Chunk, Here, Shard, Work, cuts, encoded_ahead
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
-from curate.core.example import pair
+from curate.core.example import Example, Message, pair
 from curate.core.identity import identify
 from curate.core.model import load
 from curate.core.nll import AnswerNll
@@ -34,7 +34,7 @@ from curate.select import Choice, build_manifest, planned_corpus
 from curate.status import status
 from curate.store import Store
 from tests.curate.runs import tiny_ensemble, tiny_run
-from tests.fakes import tiny_model, tiny_rows, tiny_tokenizer, write_rows
+from tests.fakes import CHATML, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,19 @@ def test_every_row_has_one_status(tmp_path: Path, model: Path) -> None:
     summary = score(job(tmp_path, model, None))
     assert summary.counts == {"ok": 6, "duplicate": 1, "empty_answer": 1, "too_long": 1}
     assert sum(summary.counts.values()) == summary.n_rows == 9
+
+
+def test_rows_that_the_template_does_not_know_are_counted(tmp_path: Path) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    other = tiny_model(tmp_path / "no-system", tokenizer=tiny_tokenizer(template=template))
+    rows = tiny_rows(6, "pool")
+    system = Example((Message("system", "Be kind."), *rows[0].messages))
+    write_rows(tmp_path / "pool.jsonl", [*rows, system])
+    assert score(job(tmp_path, other, None)).counts == {"ok": 6, "unrenderable": 1}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_rows(alone / "pool.jsonl", [system])
+    assert score(job(alone, other, None)).counts == {"unrenderable": 1}
 
 
 def test_sample_depends_on_content_and_seed_only(tmp_path: Path, model: Path) -> None:
