@@ -25,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from curate.core.attend import along, apart
 from curate.core.chat import Encoded
 from curate.core.errors import Exit, UserError
-from curate.core.nll import body, is_out_of_memory, window
+from curate.core.nll import body, is_out_of_memory, turn, window
 from curate.core.terminal import progress
 from train import checkpoints
 from train.adapters import save_adapter
@@ -72,6 +72,10 @@ class MixTrainer(Trainer):
         self.plan = schedule(rows, recipe)
         self.recipe, self.defenses, self.world = recipe, defenses, world
         shortest, room = min(rows, key=lambda row: len(row.ids)), (recipe.pack_tokens, window(model))
+        if recipe.batch_size > 1 and len(shortest.ids) <= turn(model) < max(len(row.ids) for row in rows):
+            raise UserError(f"Rows of up to {turn(model)} tokens and longer ones change each other's positions in this "
+                            "model when they share a pass.", f"Use --batch-size 1, or --max-tokens {turn(model)}.",
+                            Exit.INCOMPATIBLE)
         super().__init__(
             model=model, args=_arguments(recipe, folder, self.plan.n_steps, world), train_dataset=list(rows),
             data_collator=lambda some: collate(some, *room, self.along_paths) if some else without_targets(shortest))

@@ -219,7 +219,7 @@ def answer_nll(model: torch.nn.Module, encoded: Sequence[Encoded], budget: Budge
     if along_paths:
         budget = Budget(budget.tokens, budget.tokens)
     bins = plan(encoded, budget.capacity if along_paths else min(budget.capacity, limit))
-    queue = _passes(bins, encoded, budget)
+    queue = _passes(bins, encoded, budget, limit)
     while queue:
         bunch = queue.pop(0)
         try:
@@ -246,13 +246,25 @@ def window(model: torch.nn.Module) -> int:
     """Return how long a sequence may be that examples share: how many tokens back every layer can look at least.
 
     A mask of ours knows no windows, so sequences that need one are no longer than this; a longer example is alone in
-    its sequence, where the model's own masks hold. 0 if the model cannot keep examples in one sequence apart.
+    its sequence, where the model's own masks hold. Nor is it beyond ``turn``. 0 if the model cannot keep examples in
+    one sequence apart.
     """
     if not keeps_apart(model):
         return 0
     settings = causal_lm(model).config.get_text_config()
     sizes = [getattr(settings, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((size for size in sizes if size), default=sys.maxsize)
+    return min(turn(model), *(size for size in sizes if size), sys.maxsize)
+
+
+def turn(model: torch.nn.Module) -> int:
+    """Return the length beyond which a pass turns the positions of *all* its rows otherwise (longrope, dynamic)."""
+    settings = causal_lm(model).config.get_text_config()
+    rope = getattr(settings, "rope_parameters", None) or {}
+    name = "original_max_position_embeddings"
+    lengths = [one.get(name) or getattr(settings, name, None) or settings.max_position_embeddings
+               for one in (rope, *rope.values())
+               if isinstance(one, dict) and one.get("rope_type") in ("longrope", "dynamic")]
+    return min(lengths, default=sys.maxsize)
 
 
 _KEEPS_APART: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
@@ -294,14 +306,16 @@ def _same_together(model: torch.nn.Module) -> bool:
     return True
 
 
-def _passes(bins: list[list[int]], encoded: Sequence[Encoded], budget: Budget) -> list[list[list[int]]]:
-    """Group sequences into forward passes, those of a single example apart from those that need a mask."""
+def _passes(bins: list[list[int]], encoded: Sequence[Encoded], budget: Budget, limit: int) -> list[list[list[int]]]:
+    """Group sequences into forward passes: of one example within the limit, of one beyond it, of several."""
+    def kind(one: list[int]) -> int:
+        return 2 if len(one) > 1 else int(len(encoded[one[0]].ids) > limit)
+
     passes: list[list[list[int]]] = []
     width = 0
-    for one in sorted(bins, key=lambda one: len(one) > 1):
+    for one in sorted(bins, key=kind):
         size = max(budget.capacity, max(len(encoded[i].ids) for i in one))
-        if not passes or (len(passes[-1]) + 1) * max(width, size) > budget.tokens \
-                or (len(passes[-1][0]) > 1) != (len(one) > 1):
+        if not passes or (len(passes[-1]) + 1) * max(width, size) > budget.tokens or kind(passes[-1][0]) != kind(one):
             passes.append([])
             width = 0
         passes[-1].append(one)

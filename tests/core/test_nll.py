@@ -21,7 +21,7 @@ from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
 from curate.core.model import Loaded, load
-from curate.core.nll import AnswerNll, Budget, answer_nll, body, check_forward, rows_nll, token_nll, window
+from curate.core.nll import AnswerNll, Budget, answer_nll, body, check_forward, rows_nll, token_nll, turn, window
 from curate.core.pack import pack, plan
 from tests.fakes import VOCABULARY, uniform_model
 from train.batches import collate
@@ -156,7 +156,7 @@ def test_other_errors_are_not_taken_for_memory(loaded: Loaded, encoded: list[Enc
 def test_a_pass_stays_within_its_budget(encoded: list[Encoded]) -> None:
     for budget in (Budget(64, 128), Budget(1, 1), Budget(61, 307)):
         bins = plan(encoded, budget.capacity)
-        passes = nll._passes(bins, encoded, budget)
+        passes = nll._passes(bins, encoded, budget, sys.maxsize)
         assert [one for bunch in passes for one in bunch] == sorted(bins, key=lambda one: len(one) > 1)
         for bunch in passes:
             assert len({len(one) > 1 for one in bunch}) == 1
@@ -302,6 +302,22 @@ def test_families_get_the_numbers_of_their_own_passes(encoded: list[Encoded], fa
                                        for nll, item in zip(expected, encoded, strict=True)], abs=1e-5)
     batch = collate(encoded, 256, window(model))["packed"]
     assert Objective(model)(batch)[0].item() == pytest.approx(sum(nll.sum().item() for nll in expected), rel=1e-5)
+
+
+def longrope() -> PreTrainedModel:
+    """A Phi-3 whose positions turn another way in any pass that is longer than 31 tokens."""
+    scaling = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    return library.Phi3ForCausalLM(library.Phi3Config(**SIZES, pad_token_id=0, max_position_embeddings=512,
+                                                      original_max_position_embeddings=31, rope_scaling=scaling)).eval()
+
+
+def test_lengths_on_both_sides_of_a_turn_do_not_share_a_pass() -> None:
+    rng, model = random.Random(0), longrope()
+    rows = [Encoded(tuple(rng.randrange(5, VOCABULARY) for _ in range(n)), 4, n - 1) for n in (20, 70, 20, 70, 12, 66)]
+    assert turn(model) == window(model) == 31
+    alone = [plain(model, item)[:item.n_answer_tokens].mean().item() for item in rows]
+    for budget in (Budget(128, 256), Budget(128, 1024)):
+        assert [row.mean for row in scores(model, rows, budget)] == pytest.approx(alone, abs=1e-5)
 
 
 class Doubled(library.LlamaForCausalLM):

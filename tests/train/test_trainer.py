@@ -117,6 +117,16 @@ def test_a_window_is_kept_to(rows: list[Encoded], along_paths: bool) -> None:
     assert abs(losses["wide"] - losses["narrow"]) > 1e-3
 
 
+def test_rows_that_change_each_others_positions_are_refused(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe,
+                                                            tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    middle = sorted(len(row.ids) for row in rows)[5]
+    monkeypatch.setattr(loop, "turn", lambda model: middle)
+    with pytest.raises(UserError, match=f"Rows of up to {middle} tokens and longer ones") as caught:
+        trained(loaded, rows, recipe(batch_size=2), tmp_path)
+    assert caught.value.exit_code == Exit.INCOMPATIBLE
+    assert trained(loaded, rows, recipe(batch_size=1, limit_steps=1), tmp_path)[0]
+
+
 def test_micro_batches_change_nothing_but_rounding(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe,
                                                    tmp_path: Path) -> None:
     whole, one = trained(loaded, rows, recipe(batch_size=8, epochs=2), tmp_path)
