@@ -25,7 +25,8 @@ def adapter(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
     names = recipe.target_modules
     config = LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
                         use_rslora=recipe.rslora, task_type="CAUSAL_LM",
-                        target_modules=names if names == "all-linear" else _layers(loaded.model, names))
+                        target_modules=names if names == "all-linear" else _layers(loaded.model, names),
+                        exclude_modules=(_unread(loaded.model) or None) if names == "all-linear" else None)
     try:
         model = get_peft_model(loaded.model, config)
     except ValueError as err:
@@ -38,6 +39,13 @@ def adapter(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
     finally:
         _recompute(causal_lm(model), False)
         loaded.model = model.unload().eval()
+
+
+def _unread(model: torch.nn.Module) -> list[str]:
+    """Return the linear layers that text does not pass through, such as those of a vision tower: they learn nothing."""
+    read = {id(module) for module in causal_lm(model).get_decoder().modules()}
+    read.add(id(causal_lm(model).get_output_embeddings()))
+    return [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and id(part) not in read]
 
 
 def _layers(model: torch.nn.Module, names: str) -> list[str]:

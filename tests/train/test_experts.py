@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,26 @@ def test_safelora_leaves_experts_as_they_are_and_says_so(loaded: Loaded, mixtral
     assert "adapted weights of experts are no layers of their own" in capsys.readouterr().err
 
 
-def test_the_blocks_of_a_model_that_sees_too_are_those_of_its_text() -> None:
+@pytest.fixture
+def seeing() -> torch.nn.Module:
+    """A model that takes pictures, too."""
     text = {**SIZES, "vocab_size": 300, "sliding_window": 24}
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}
-    model = library.Gemma3ForConditionalGeneration(library.Gemma3Config(
+    return library.Gemma3ForConditionalGeneration(library.Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=299))
-    assert layers(model) is model.get_decoder().layers and len(layers(model)) == 2
+
+
+def test_the_blocks_of_a_model_that_sees_too_are_those_of_its_text(seeing: torch.nn.Module) -> None:
+    assert layers(seeing) is seeing.get_decoder().layers and len(layers(seeing)) == 2
+
+
+def test_what_text_does_not_pass_through_has_no_adapter(loaded: Loaded, seeing: torch.nn.Module,
+                                                        recipe: MakeRecipe) -> None:
+    names = [name for name, part in seeing.named_modules() if isinstance(part, torch.nn.Linear)]
+    assert any("vision" in name for name in names)
+    with adapter(replace(loaded, model=seeing), recipe()) as model:
+        adapted = [name for name, _ in adapted_layers(model)]
+    assert adapted == [name for name in names if "language_model.layers" in name]
+    with adapter(loaded, recipe()) as model:
+        assert model.peft_config["default"].exclude_modules is None, "a text model's settings stay as they were"
