@@ -36,8 +36,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from curate.core.chat import Encoded, encode
+from curate.core.decoder import body
 from curate.core.example import pair
-from curate.core.nll import Budget, answer_nll, body, default_budget
+from curate.core.nll import Budget, answer_nll, default_budget
 from curate.core.pack import pack, plan
 
 SHAPES = {

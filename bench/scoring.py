@@ -32,8 +32,9 @@ import torch
 
 from curate.core import nll
 from curate.core.chat import Encoded, encode
+from curate.core.decoder import body
 from curate.core.model import Loaded, load
-from curate.core.nll import answer_nll, body, default_budget
+from curate.core.nll import answer_nll, default_budget
 from curate.core.processes import M_TRIM_THRESHOLD, keep_freed_memory
 from curate.core.refs import weights_at
 from curate.core.sources import file_source, read_source

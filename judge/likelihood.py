@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from curate.core.chat import Encoded, encode
+from curate.core.decoder import causal_lm
 from curate.core.documents import ProbeScore, Sample
 from curate.core.example import pair
-from curate.core.nll import AnswerNll, Budget, answer_nll, causal_lm
+from curate.core.nll import AnswerNll, Budget, answer_nll
 from judge.questions import Probe, probe_examples
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import set_seed
 
+from curate.core.decoder import causal_lm
 from curate.core.errors import UserError, unknown
 from curate.core.model import Loaded
-from curate.core.nll import causal_lm
 from train.recipe import Recipe
 
 

@@ -36,9 +36,9 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from trl import GRPOConfig, GRPOTrainer
 
 from curate.core.chat import Encoded
+from curate.core.decoder import causal_lm, is_out_of_memory, window
 from curate.core.errors import Exit, UserError
 from curate.core.generate import stop_ids
-from curate.core.nll import causal_lm, is_out_of_memory, window
 from train import checkpoints
 from train.adapters import save_adapter
 from train.batches import collate

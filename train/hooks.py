@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from curate.core.decoder import causal_lm, hidden_states
 from curate.core.errors import Exit, UserError
-from curate.core.nll import causal_lm, hidden_states
 from curate.core.pack import Packed
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from curate.core.decoder import head, hidden_states
 from curate.core.model import plain_products
-from curate.core.nll import HEAD_ROWS, head, hidden_states, rows_nll
+from curate.core.nll import HEAD_ROWS, rows_nll
 from curate.core.pack import Packed
 from train.defenses.moments import Defense, RowPenalty
 from train.hooks import layers, share_reference

@@ -24,8 +24,8 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from curate.core.attend import along, apart
 from curate.core.chat import Encoded
+from curate.core.decoder import body, is_out_of_memory, turn, window
 from curate.core.errors import Exit, UserError
-from curate.core.nll import body, is_out_of_memory, turn, window
 from curate.core.terminal import progress
 from train import checkpoints
 from train.adapters import save_adapter

@@ -25,20 +25,13 @@ import torch
 from safetensors.torch import save
 
 from curate.core.chat import Encoded, encode, encode_prompt
+from curate.core.decoder import hidden_states, window
 from curate.core.errors import Exit, UserError, unknown
 from curate.core.example import Example, Message
 from curate.core.files import canonical_json, sha256, write_atomic
 from curate.core.generate import SampleSettings, sample
 from curate.core.model import Loaded, load
-from curate.core.nll import (
-    TOLERANCE_NATS,
-    AnswerNll,
-    answer_nll,
-    check_forward,
-    default_budget,
-    hidden_states,
-    window,
-)
+from curate.core.nll import TOLERANCE_NATS, AnswerNll, answer_nll, check_forward, default_budget
 from curate.core.pack import pack, plan
 from curate.core.provenance import git_state, versions
 from curate.core.terminal import progress, say

@@ -16,10 +16,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from curate.core.chat import encode
+from curate.core.decoder import causal_lm, is_out_of_memory
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
 from curate.core.files import canonical_json, sha256
-from curate.core.nll import causal_lm, is_out_of_memory
 from curate.core.terminal import say
 
 if TYPE_CHECKING:

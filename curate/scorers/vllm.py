@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.core.chat import Encoded
+from curate.core.decoder import is_out_of_memory
 from curate.core.errors import Exit, UserError
-from curate.core.nll import CHECKED_TOKENS, TOLERANCE_NATS, AnswerNll, is_out_of_memory
+from curate.core.nll import CHECKED_TOKENS, TOLERANCE_NATS, AnswerNll
 from curate.core.vllm import GPU_SHARE, Engine, engine_dead, first_line, refusals
 from curate.scorers import evidence
 

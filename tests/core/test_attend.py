@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curate.core.attend import along, apart
+from curate.core.decoder import body, hidden_states
 from curate.core.errors import Exit, UserError
-from curate.core.nll import body, hidden_states
 from curate.core.pack import pack
 from tests.core.test_pack import DRAWN
 

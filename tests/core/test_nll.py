@@ -18,10 +18,11 @@ from curate.core import nll
 from curate.core.adapters import adapter_open
 from curate.core.attend import apart
 from curate.core.chat import Encoded, encode
+from curate.core.decoder import body, turn, window
 from curate.core.errors import Exit, UserError
 from curate.core.example import pair
 from curate.core.model import Loaded, load
-from curate.core.nll import AnswerNll, Budget, answer_nll, body, check_forward, rows_nll, token_nll, turn, window
+from curate.core.nll import AnswerNll, Budget, answer_nll, check_forward, rows_nll, token_nll
 from curate.core.pack import pack, plan
 from tests.fakes import VOCABULARY, uniform_model
 from train.batches import collate

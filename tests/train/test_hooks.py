@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from curate.core.decoder import hidden_states
 from curate.core.documents import ModelIdentity
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, file_sha256
 from curate.core.identity import identify
 from curate.core.model import load
-from curate.core.nll import hidden_states
 from tests.fakes import tiny_model
 from tests.train.wrapped import encoded, layouts, penalised, wrapped
 from train.defenses.kl import Kl

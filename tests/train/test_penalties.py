@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from curate.core.chat import encode
+from curate.core.decoder import head, hidden_states
 from curate.core.errors import UserError
-from curate.core.nll import head, hidden_states, token_nll
+from curate.core.nll import token_nll
 from tests.fakes import tiny_model, tiny_rows, tiny_tokenizer
 from tests.train.wrapped import encoded, gradients, layouts, penalised, plain_states, wrapped
 from train import objective

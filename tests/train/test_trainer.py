@@ -14,10 +14,10 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from curate.core.chat import Encoded, encode
+from curate.core.decoder import window
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, Message
 from curate.core.model import Loaded, load
-from curate.core.nll import window
 from curate.core.pack import Packed
 from tests.fakes import VOCABULARY, tiny_rows
 from train import objective

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from curate.core.chat import Encoded, encode
-from curate.core.nll import head, hidden_states
+from curate.core.decoder import head, hidden_states
 from curate.core.pack import Packed, pack
 from tests.fakes import tiny_rows, tiny_tokenizer
 from train.defenses import Defense

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from curate.core.decoder import head
 from curate.core.errors import unknown
-from curate.core.nll import head
 from curate.core.pack import Packed
 from train.defenses.moments import Defense, RowPenalty, at_least_zero, setting
 from train.hooks import Reference

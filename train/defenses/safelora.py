@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from curate.core.decoder import causal_lm
 from curate.core.documents import ModelIdentity
 from curate.core.errors import Exit, UserError, unknown
 from curate.core.identity import weights_digest
 from curate.core.model import load_weights
-from curate.core.nll import causal_lm
 from curate.core.terminal import say
 from train.defenses.moments import Defense, setting
 
