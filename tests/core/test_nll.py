@@ -276,6 +276,18 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "cohere 2": lambda: library.Cohere2ForCausalLM(library.Cohere2Config(**SIZES, sliding_window=31)),
     "llama 4": lambda: library.Llama4ForCausalLM(library.Llama4TextConfig(
         **SIZES, head_dim=8, num_local_experts=2, intermediate_size_mlp=24, attention_chunk_size=31)),
+    "qwen 2": lambda: library.Qwen2ForCausalLM(library.Qwen2Config(**SIZES)),
+    "qwen 3": lambda: library.Qwen3ForCausalLM(library.Qwen3Config(**SIZES, head_dim=8)),
+    "mixtral": lambda: library.MixtralForCausalLM(library.MixtralConfig(**SIZES, **ROUTED)),
+    "phi 3": lambda: library.Phi3ForCausalLM(library.Phi3Config(**SIZES, pad_token_id=0)),
+    "olmo 2": lambda: library.Olmo2ForCausalLM(library.Olmo2Config(**SIZES)),
+    "smollm 3": lambda: library.SmolLM3ForCausalLM(library.SmolLM3Config(**SIZES, pad_token_id=0)),
+    "gpt-neox": lambda: library.GPTNeoXForCausalLM(library.GPTNeoXConfig(**SIZES)),
+    "falcon": lambda: library.FalconForCausalLM(library.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)),
+    "mamba 2": lambda: library.Mamba2ForCausalLM(library.Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=8,
+        n_groups=1)),
     "lfm 2": lambda: library.Lfm2ForCausalLM(library.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])),
     "falcon h1": lambda: library.FalconH1ForCausalLM(library.FalconH1Config(
         **SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)),
@@ -284,7 +296,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "bloom": lambda: library.BloomForCausalLM(library.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2,
                                                                   n_head=2, initializer_range=0.3)),
 }
-ALONE = {"lfm 2", "falcon h1", "minimax", "bloom"}
+ALONE = {"mamba 2", "lfm 2", "falcon h1", "minimax", "bloom"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
