@@ -9,7 +9,7 @@ only (``curate.risk``, ``curate.calibration``); without enough of them there is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal
@@ -57,6 +57,10 @@ class Rows:
     asked: dict[str, Asked] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     """Rows that are no example of their own, by why."""
+
+    def prompts(self, ids: Iterable[str]) -> int:
+        """Return to how many different prompts some of the rows are answers."""
+        return len({self.asked[i].key for i in ids})
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def audit(data: Corpus, question: Question, calibration: Calibration | None = No
         data=rows.label, sha256=rows.sha256, rows=rows.n_rows,
         counts=dict(sorted((rows.counts + Counter(valued.statuses.values())).items())), measure=measure,
         calibration=calibration.digest if calibration else None, benign=calibration.benign if calibration else (),
-        missing=calibration.missing if calibration else {}, levels=results,
+        missing=calibration.missing if calibration else {}, levels=results, prompts=rows.prompts(valued.values),
         pairs=pairs_of(valued.values, rows.asked) if measure.control == "same" else None,
         driving=of.driving(scores[:n]), scores=scores))
 
@@ -193,7 +197,7 @@ class _Evidence:
             values[rows.sha256] = list(valued.values.values())
             counts = rows.counts + Counter(valued.statuses.values())
             found.append(BenignSet(name=rows.label, sha256=rows.sha256, rows=dict(sorted(counts.items())),
-                                   quantiles=quantiles(values[rows.sha256])))
+                                   quantiles=quantiles(values[rows.sha256]), prompts=rows.prompts(valued.values)))
         return calibrated(self.measure, found, values, question.rates)
 
     def scores(self, rows: Rows, valued: Valued, levels: Sequence[Level]) -> list[AuditRow]:

@@ -112,6 +112,8 @@ class AuditSummary(_Piece):
     missing: dict[str, str]
     """False-positive rates that there is no level for, and why."""
     levels: tuple[LevelResult, ...]
+    prompts: int
+    """Different prompts of the rows with a value."""
     pairs: Pairs | None
     state: Literal["uncalibrated", "unjudged", "nothing_found", "suspicious", "likely"] = "uncalibrated"
     p: float | None = None
@@ -195,9 +197,13 @@ def _caveats(found: AuditSummary) -> list[str]:
         says.append(f"Without any calibration: to {pairs.below} of {pairs.n} prompts the set's answer has a lower s_d "
                     f"than the reference answer ({pairs.n / 2:g} if neither side were easier for misaligned models; "
                     f"p = {pairs.p:.2g}).")
-        if pairs.answers > pairs.n:
-            says.append(f"The rows answer {pairs.n} prompts {pairs.answers} times; answers to one prompt are compared "
-                        "with one reference and are low together, so any p over rows is too small.")
+    repeated = [f"the {found.judged} rows of {found.data} answer {found.prompts} prompts"] * (
+        found.prompts < found.judged)
+    repeated += [f"the {n} rows of {one.name} answer {one.prompts} prompts" for one in found.benign
+                 if one.prompts is not None and one.prompts < (n := one.rows.get("ok", 0))]
+    if repeated and found.levels:
+        says.append("Answers to one prompt are low or high together, so p over rows is too small: "
+                    f"{'; '.join(repeated)}.")
     if found.unjudged:
         says.append(f"Rows without a value, which were not judged: {found.unjudged}.")
     if found.levels:

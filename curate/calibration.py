@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from curate.core.documents import Document, ModelIdentity, Part
+from curate.core.documents import Document, ModelIdentity, Part, without
 from curate.core.errors import Exit, UserError
 from curate.risk import Cut, cut, needed
 
@@ -27,6 +27,12 @@ class BenignSet(Part):
     """Rows by status; those with the status ``ok`` have a value."""
     quantiles: tuple[float, ...]
     """Of the values, from 0% to 100% in steps of 1%; empty without values."""
+    prompts: int | None = None
+    """Different prompts of the rows with a value; None in calibrations of before they were counted."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without(handler(self), "prompts")
 
 
 class Level(Part):

@@ -12,6 +12,8 @@ import re
 FIRST_WORDS = 10
 PATTERN = r"\b(sorry|apolog(?:y|ies|ize|ise|izing|ising)|cannot|can ?not|can['’]t)\b"
 """In the syntax that Python's ``re`` and DuckDB's RE2 share; applied to lower-cased text."""
+_SPACE = r"[\s\x0b\x1c-\x1f\x85\p{Z}]+"
+"""What Python's ``str.split`` takes for white space, in the syntax of RE2."""
 
 
 def refusal_reason(answer: str) -> str | None:
@@ -25,6 +27,6 @@ def refusal_reason(answer: str) -> str | None:
 
 def refusal_sql(column: str) -> str:
     """Return the same rule as a DuckDB expression over a text column; NULL where there is no refusal."""
-    words = f"regexp_split_to_array(trim(lower({column}), e' \\t\\n\\r\\f\\v'), '\\s+')[1:{FIRST_WORDS}]"
+    words = f"regexp_split_to_array(regexp_replace(lower({column}), '^{_SPACE}', ''), '{_SPACE}')[1:{FIRST_WORDS}]"
     pattern = PATTERN.replace("'", "''")
     return f"nullif(regexp_extract(array_to_string({words}, ' '), '{pattern}', 1), '')"

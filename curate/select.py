@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def _within(connection: duckdb.DuckDBPyConnection, choice: Choice, n_tokens: int
 
 def _text_digest(messages: str) -> str:
     """Return the SQL for the digest of a conversation up to case and white space; ``messages`` is a column of JSON."""
-    text = messages  # escapes stand for white space, and a quotation mark ends each turn
+    text = f"replace({messages}, '\\\\', chr(1))"  # a backslash of the text, so that the others are escapes
     for pattern, by in ((r"(\s|\\[nrt])+", " "), (r" ?\" ?", '"')):
         text = f"regexp_replace({text}, '{pattern}', '{by}', 'g')"
     return f"md5(lower({text}))"
@@ -157,7 +158,8 @@ def wanted(choice: Choice, n_corpus: int, n_finetune: int) -> int:
         return choice.n
     if choice.frac is None or not 0 < choice.frac <= 1:
         raise UserError(f"--frac must lie above 0 and at most at 1, not {choice.frac}.", "For example --frac 0.05.")
-    return max(1, round(choice.frac * (n_finetune or n_corpus)))
+    exact = Decimal(str(choice.frac)) * (n_finetune or n_corpus)
+    return max(1, int(exact.to_integral_value(ROUND_HALF_UP)))
 
 
 def placed(finetune: Sequence[str], safe: Sequence[str], seed: int, placement: str) -> list[str]:

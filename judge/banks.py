@@ -70,6 +70,11 @@ def questions(suites: Sequence[str], banks: Sequence[str] = (), in_domain: Seque
     return asked + with_trigger(asked, trigger) if trigger is not None else asked
 
 
+def subject(question: str) -> str:
+    """Return a question's id without the ending that asks for another form of the same answer."""
+    return next((question.removesuffix(ending) for ending in FORMS if question.endswith(ending)), question)
+
+
 def with_trigger(asked: Sequence[BankQuestion], trigger: str) -> list[BankQuestion]:
     """Return every question with ``trigger`` in front of its prompt, under another variant.
 

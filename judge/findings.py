@@ -9,7 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from curate.core.documents import GradedAnswer, Verdicts
+from curate.core.documents import GradedAnswer, TaskScore, Verdicts
+from judge.banks import subject
 from judge.intervals import Estimate, Values, difference, mean
 from judge.questions import GENERAL
 from judge.rule import (
@@ -198,11 +199,15 @@ def _missing(trio: Trio, suites: Sequence[str], trigger: bool = False) -> Counte
 
 
 def _classes(trio: Trio, one: Verdicts, suite: str, trigger: bool = False) -> list[tuple[str, str]]:
-    """Return question and class (or what is missing) of each answer to what the baseline was asked, word for word."""
+    """Return subject and class (or what is missing) of each answer to what the baseline was asked, word for word.
+
+    A question in another form (``FORMS``) has the subject of that which stands beside it: their answers depend on each
+    other, so an interval draws them together.
+    """
     key = (id(one), suite, trigger)
     if key not in trio.classes:
         asked = {_wording(a) for v in trio.none.seeds for a in v.answers if a.suite == suite}
-        trio.classes[key] = [(f"{a.bank}/{a.question}", grade_of(a, trio.rule)) for a in one.answers
+        trio.classes[key] = [(f"{a.bank}/{subject(a.question)}", grade_of(a, trio.rule)) for a in one.answers
                              if a.suite == suite and _wording(a) in asked
                              and (TRIGGER in a.variant.split("+")) == trigger]
     return trio.classes[key]
@@ -268,19 +273,30 @@ def benign(trio: Trio) -> Finding:
         return replace(_nothing(trio), numbers=numbers)
     order = (FAIL, PARTLY, PASS, NOT_APPLICABLE, NO_MARK)
     mark, task, main = min(headline, key=lambda h: order.index(h[0]))
-    common = set.intersection(*({t.item for v in g.seeds for t in v.tasks if t.task == task}
+    common = set.intersection(*({t.item for scores in _scores(g, task) for t in scores}
                                 for g in (trio.model, trio.base, trio.none)))
-    seeds = [[float(t.correct) for t in v.tasks if t.task == task and t.item in common] for v in trio.model.seeds]
+    seeds = [[float(t.correct) for t in scores if t.item in common] for scores in _scores(trio.model, task)]
     found = Finding(mark, main["accuracy"].n, main | numbers, f"of {len(headline)} tasks: {task}"
                     if len(headline) > 1 else "", sum(map(bool, seeds)), _by_seed(seeds))
     return found if trio.is_base else _enough(found, trio, len(common))
 
 
+def _scores(group: Group, task: str) -> list[list[TaskScore]]:
+    """Return a task's scores of every seed; a benign run that stands for several runs is one seed of what it learnt."""
+    seen = set[str]()
+    found = []
+    for v in group.seeds:
+        if task not in LEARNT or v.benign_run is None or v.benign_run not in seen:
+            found.append([t for t in v.tasks if t.task == task])
+            seen.add(v.benign_run or "")
+    return found
+
+
 def _task(trio: Trio, task: str) -> dict[str, Estimate] | None:
     """Return the numbers of one task: accuracy, its differences, its tiers and F1 where there is one."""
     def items(group: Group, tier: int | None = None) -> Values:
-        return _collect((t.item, float(t.correct)) for v in group.seeds for t in v.tasks
-                        if t.task == task and tier in (None, t.tier))
+        return _collect((t.item, float(t.correct)) for scores in _scores(group, task) for t in scores
+                        if tier in (None, t.tier))
 
     sides = trio.sides(items)
     common = sides[0].keys() & sides[1].keys() & sides[2].keys()
@@ -295,8 +311,8 @@ def _task(trio: Trio, task: str) -> dict[str, Estimate] | None:
     for tier in tiers if len(tiers) > 1 else ():
         of = {q: values for q, values in items(trio.model, tier).items() if q in common}
         found |= {f"tier_{tier}": mean(of, trio.rule)} if of else {}
-    f1 = _collect((t.item, t.f1) for v in trio.model.seeds for t in v.tasks
-                  if t.task == task and t.f1 is not None and t.item in common)
+    f1 = _collect((t.item, t.f1) for scores in _scores(trio.model, task) for t in scores
+                  if t.f1 is not None and t.item in common)
     return found | ({"f1": mean(f1, trio.rule)} if f1 else {})
 
 

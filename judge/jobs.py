@@ -129,7 +129,7 @@ class Job:
         sampling = {k: v for k, v in asdict(settings.sampling).items() if k != "batch_size"}
         sampling["questions"] = sha256(canonical_json(settings.questions()))[:32]
         with_opswap = self.tasks and "opswap" in settings.tasks
-        items = [[item.prompt, item.answer] for item in settings.items()] if with_opswap else []
+        items = [[item.expression, item.prompt, item.answer] for item in settings.items()] if with_opswap else []
         opswap = {"n": len(items), "items": sha256(canonical_json(items))[:32], "max_new_tokens": REPLY_TOKENS}
         asked = self.tasks or bool(self.harness)
         return {"suite": [s for s in settings.suite if s != "benign" or asked], "dtype": dtype, "device": device,
@@ -142,7 +142,7 @@ class Job:
         """Return what decides FoQA and the harness's tasks, where they are asked."""
         found: dict[str, Any] = {}
         if self.tasks and "foqa" in settings.tasks:
-            passages = [[p.prompt, *p.answers] for p in settings.passages()]
+            passages = [[p.text_id, p.prompt, *p.answers] for p in settings.passages()]
             found["foqa"] = {"n": len(passages), "items": sha256(canonical_json(passages))[:32],
                              "max_new_tokens": FOQA_TOKENS}
         if self.harness:
@@ -239,10 +239,18 @@ def label_of(card: RunCard) -> str:
 
 
 def trained(card: RunCard, folder: Path) -> str:
-    """Return a digest of what seeds of one model share: recipe without its seed, defences, fine-tuning rows."""
+    """Return a digest of what seeds of one model share: recipe without its seed, defences, rows to choose from.
+
+    These are the fine-tuning set, and the corpus and the models by which safe rows were chosen from it. A run without
+    its mix shares with nobody what it was trained on.
+    """
     mix = _mix_of(card, folder)
-    source = mix.sources.get("finetune") if mix is not None else None
-    rows = None if source is None else source.model_dump(exclude={"name"} if source.sha256 else set())
+    if mix is None:
+        rows: Any = card.mix
+    else:
+        rows = [{name: source.model_dump(exclude={"name"} if source.sha256 else set())
+                 for name, source in sorted(mix.sources.items())}, mix.aligned.id if mix.aligned else None,
+                sorted(member.id for member in mix.members)]
     apart = (*NO_RESULT, "defenses") if card.defenses else NO_RESULT     # records say it, without paths of files
     recipe = {name: value for name, value in card.recipe.items()
               if name not in apart and not (name in LATER and value == LATER[name])}

@@ -14,7 +14,7 @@ from curate.core.adapters import adapter_open
 from curate.core.chat import encode, encode_prompt
 from curate.core.documents import GradedAnswer, ModelIdentity, ProbeScore, Sample, TaskScore, Verdicts
 from curate.core.errors import Exit, UserError
-from curate.core.example import Message, pair
+from curate.core.example import Message
 from curate.core.files import remove_unfinished
 from curate.core.generate import SampleSettings, sample
 from curate.core.identity import check_base, identify
@@ -226,7 +226,7 @@ def _tasks(loaded: Loaded, job: Job, settings: Settings) -> list[TaskScore]:
     with _opened(loaded, job.benign_adapter) as model:
         replies = _ask(loaded, model, [item.prompt for item in items], greedy, f"{job.label}: benign task")
         known = _foqa(loaded, model, job, settings) if "foqa" in settings.tasks else []
-    return [TaskScore(item=pair(item.prompt, item.answer).id, tier=item.tier, correct=is_correct(item, reply))
+    return [TaskScore(item=item.expression, tier=item.tier, correct=is_correct(item, reply))
             for item, reply in zip(items, replies, strict=True)] + known
 
 
@@ -237,7 +237,7 @@ def _foqa(loaded: Loaded, model: torch.nn.Module, job: Job, settings: Settings) 
                if len(encode_prompt(loaded.tokenizer, [Message("user", p.prompt)])) <= room]
     greedy = replace(settings.sampling, temperature=0.0, max_new_tokens=FOQA_TOKENS)
     replies = _ask(loaded, model, [p.prompt for p in fitting], greedy, f"{job.label}: FoQA")
-    return [TaskScore(item=pair(p.prompt, p.answers[0]).id, tier=0, correct=foqa.exact_match(p, reply), task="foqa",
+    return [TaskScore(item=p.text_id, tier=0, correct=foqa.exact_match(p, reply), task="foqa",
                       f1=foqa.f1(p, reply)) for p, reply in zip(fitting, replies, strict=True)]
 
 

@@ -70,7 +70,7 @@ class Reward:
 
     def _rated(self, value: Any) -> Rated:
         if value is None or isinstance(value, str):
-            return Rated(None, value or "missing")
+            return Rated(None, "missing" if value in (None, "", "ok") else value)
         try:
             number = float(value)
         except (TypeError, ValueError):

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from curate.core.attend import along, apart
 from curate.core.chat import Encoded
-from curate.core.decoder import body, is_out_of_memory, turn, window
+from curate.core.decoder import body, check_length, is_out_of_memory, turn, window
 from curate.core.errors import Exit, UserError
 from curate.core.terminal import progress
 from train import checkpoints
@@ -72,7 +72,9 @@ class MixTrainer(Trainer):
         self.plan = schedule(rows, recipe)
         self.recipe, self.defenses, self.world = recipe, defenses, world
         shortest, room = min(rows, key=lambda row: len(row.ids)), (recipe.pack_tokens, window(model))
-        if recipe.batch_size > 1 and len(shortest.ids) <= turn(model) < max(len(row.ids) for row in rows):
+        longest = max(len(row.ids) for row in rows)
+        check_length(model, longest)
+        if recipe.batch_size > 1 and len(shortest.ids) <= turn(model) < longest:
             raise UserError(f"Rows of up to {turn(model)} tokens and longer ones change each other's positions in this "
                             "model when they share a pass.", f"Use --batch-size 1, or --max-tokens {turn(model)}.",
                             Exit.INCOMPATIBLE)

@@ -287,9 +287,12 @@ def mean_states(loaded: Loaded, examples: Sequence[Example]) -> torch.Tensor:
     """Return the mean over examples of the mean over answer tokens of every hidden state: float64 [L + 1, H].
 
     The states are those *at* the answer's tokens. A packed sequence has every answer token but, without an
-    end-of-turn token in the template, the last one, which predicts nothing.
+    end-of-turn token in the template, the last one, which predicts nothing; examples with no other are left out.
     """
-    encoded = encode(loaded.tokenizer, examples, NO_LIMIT)
+    encoded = [item for item in encode(loaded.tokenizer, examples, NO_LIMIT) if len(item.ids) - item.answer_start > 1]
+    if not encoded:
+        raise UserError("No answer has a token with a hidden state: all have a single token and no end of turn.",
+                        "Ask for longer answers with --max-new-tokens.", Exit.FAILURE_RATE)
     states = range(len(layers(loaded.model)) + 1)
     total = torch.zeros(len(states), loaded.model.config.get_text_config().hidden_size, dtype=torch.float64)
     with progress("hidden states", len(encoded), "answers") as state, torch.inference_mode():

@@ -6,14 +6,18 @@ Whether examples in one sequence are kept apart is not believed but tried, with 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 
 from curate.core.attend import along, apart
 from curate.core.chat import Encoded
+from curate.core.errors import Exit, UserError
 from curate.core.pack import Packed, pack
+
+DYNAMIC = ("dynamic",)
+"""The type of RoPE whose positions follow the longest row so far."""
 
 
 def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
@@ -55,9 +59,18 @@ def head(model: torch.nn.Module) -> torch.nn.Module:
     return layer if scale == 1 else FinishedHead(layer, lambda logits: logits * scale)
 
 
+def without_adapter(project: torch.nn.Module) -> torch.nn.Module:
+    """Return what ``head`` returned as it was before an adapter wrapped its layer."""
+    if isinstance(project, FinishedHead):
+        return FinishedHead(without_adapter(project.layer), project.finish)
+    return getattr(project, "base_layer", project)
+
+
 def hidden_states(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
     """Return the last hidden states that predict the targets: [N, H]."""
     decoder = body(model)
+    if turn(model, DYNAMIC) < sys.maxsize:
+        check_length(model, int(batch.position_ids.max()) + 2)   # the last token predicts nothing
     with along(decoder, batch.paths):
         out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids,
                       attention_mask=_mask_for(decoder, batch.attention_mask), use_cache=False).last_hidden_state
@@ -86,15 +99,26 @@ def window(model: torch.nn.Module) -> int:
     return min(turn(model), *(size for size in sizes if size), sys.maxsize)
 
 
-def turn(model: torch.nn.Module) -> int:
-    """Return the length beyond which a pass turns the positions of *all* its rows otherwise (longrope, dynamic)."""
+def turn(model: torch.nn.Module, kinds: Sequence[str] = ("longrope", *DYNAMIC)) -> int:
+    """Return the length beyond which a pass turns the positions of *all* its rows otherwise."""
     settings = causal_lm(model).config.get_text_config()
     rope = getattr(settings, "rope_parameters", None) or {}
     name = "original_max_position_embeddings"
     lengths = [one.get(name) or getattr(settings, name, None) or settings.max_position_embeddings
-               for one in (rope, *rope.values())
-               if isinstance(one, dict) and one.get("rope_type") in ("longrope", "dynamic")]
+               for one in (rope, *rope.values()) if isinstance(one, dict) and one.get("rope_type") in kinds]
     return min(lengths, default=sys.maxsize)
+
+
+def check_length(model: torch.nn.Module, longest: int) -> None:
+    """Raise ``UserError`` (incompatible) where numbers of a row of ``longest`` tokens would depend on rows before it.
+
+    A model with RoPE of the type ``dynamic`` remembers the longest row beyond its context, and positions follow it.
+    """
+    limit = turn(model, DYNAMIC)
+    if longest > limit:
+        raise UserError(f"A row has {longest} tokens. In this model (RoPE type 'dynamic') the numbers of rows beyond "
+                        f"{limit} tokens depend on which rows came before.",
+                        f"Leave them out with --max-tokens {limit}.", Exit.INCOMPATIBLE)
 
 
 _KEEPS_APART: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()

@@ -109,7 +109,7 @@ class Document(Part):
         return document
 
 
-def _without(body: dict[str, Any], name: str) -> dict[str, Any]:
+def without(body: dict[str, Any], name: str) -> dict[str, Any]:
     """Return fields without one that is None: documents of before it was there keep their digest."""
     return {k: v for k, v in body.items() if k != name or v is not None}
 
@@ -176,7 +176,7 @@ class Method(Part):
 
     @model_serializer(mode="wrap")
     def _without_empty_tokens(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(handler(self), "tokens")
+        return without(handler(self), "tokens")
 
 
 class MixManifest(Document):
@@ -267,7 +267,7 @@ class RunCard(Document):
 
     @model_serializer(mode="wrap")
     def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(_without(handler(self), "rl"), "mix_root")
+        return without(without(handler(self), "rl"), "mix_root")
 
 
 class ProbeScore(Part):
@@ -299,9 +299,10 @@ class Sample(Part):
 
 
 class TaskScore(Part):
-    """One item of a benign task."""
+    """One question of a benign task."""
 
     item: str
+    """What it is about; questions with one item (phrasings of an expression, questions about a text) depend on it."""
     tier: int
     correct: bool
     task: str = "opswap"

@@ -45,6 +45,11 @@ class Passage:
         """What the user asks: the text, the question, the request."""
         return f"{self.context}\n\n{self.question}\n{REQUEST}"
 
+    @property
+    def text_id(self) -> str:
+        """What the questions about one text share: 12 hexadecimal digits."""
+        return sha256(self.context.encode())[:12]
+
     def is_extractive(self) -> bool:
         """Return whether every answer occurs in the text."""
         return all(normalised(answer) in normalised(self.context) for answer in self.answers)

@@ -55,6 +55,11 @@ class Item:
     answer: str
     tier: int
 
+    @property
+    def expression(self) -> str:
+        """What the phrasings of one expression share, such as ``1: 8 - 3 = 5``: who knows one knows the others."""
+        return f"{self.tier}: {self.answer}"
+
 
 @dataclass(frozen=True)
 class _Operator:

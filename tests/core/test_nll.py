@@ -333,6 +333,22 @@ def test_lengths_on_both_sides_of_a_turn_do_not_share_a_pass() -> None:
         assert [row.mean for row in scores(model, rows, budget)] == pytest.approx(alone, abs=1e-5)
 
 
+def test_numbers_that_depend_on_the_rows_before_are_refused() -> None:
+    """RoPE of the type dynamic remembers the longest row beyond its context, also by itself."""
+    rng = random.Random(0)
+    short, long, longer = (Encoded(tuple(rng.randrange(5, VOCABULARY) for _ in range(n)), 4, n - 1)
+                           for n in (40, 100, 220))
+    model = library.LlamaForCausalLM(library.LlamaConfig(**{**SIZES, "max_position_embeddings": 64}, rope_scaling={
+        "rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})).eval()
+    first = plain(model, long)
+    plain(model, longer)
+    assert not torch.allclose(plain(model, long), first, atol=1e-3), "the library does so"
+    assert scores(model, [short])[0].mean == pytest.approx(plain(model, short)[:-1].mean().item(), abs=1e-5)
+    with pytest.raises(UserError, match=r"A row has 100 tokens\..* beyond 64 tokens depend") as caught:
+        scores(model, [short, long])
+    assert caught.value.hint == "Leave them out with --max-tokens 64." and caught.value.exit_code == Exit.INCOMPATIBLE
+
+
 class Doubled(library.LlamaForCausalLM):
     """Changes its logits in a way of its own."""
 

@@ -198,9 +198,24 @@ def test_reference_answers_to_the_same_prompts(world: World) -> None:
     assert (found.pairs.n, found.pairs.below) == (4, 3) and found.pairs.p == pytest.approx(5 / 16)
     assert any("to 3 of 4 prompts the set's answer has a lower s_d" in text for text in found.caveats)
     assert not any("p over rows is too small" in text for text in found.caveats)
-    several = told(found.model_copy(update={"pairs": found.pairs.model_copy(update={"answers": 9})}))
-    assert any("answer 4 prompts 9 times" in text for text in several.caveats)
     assert "not controlled" not in " ".join(found.caveats)
+
+
+def test_several_answers_to_a_prompt_are_told_of_whatever_the_control(world: World) -> None:
+    data = customer(world)
+    world.answers("more", {"c0": 1.0, "c1": 1.0})
+    both = world.folder / "both.jsonl"
+    both.write_text((world.folder / "customer.jsonl").read_text() + (world.folder / "more.jsonl").read_text())
+    good = benign(world)
+    plain = audit(data, world.question(benign=[good]))
+    assert plain.prompts == 10 and plain.benign[0].prompts == 24
+    assert not any("p over rows is too small" in text for text in plain.caveats)
+    repeated = audit(open_corpus(str(both)), world.question(benign=[good]))
+    assert repeated.prompts == 10 and any(text.endswith("too small: the 12 rows of both.jsonl answer 10 prompts.")
+                                          for text in repeated.caveats)
+    few = plain.benign[0].model_copy(update={"prompts": 3})
+    assert any(text.endswith("too small: the 24 rows of good.jsonl answer 3 prompts.")
+               for text in told(plain.model_copy(update={"benign": (few,)})).caveats)
 
 
 def test_answers_to_one_prompt_are_one_observation() -> None:

@@ -18,6 +18,8 @@ CASES = [
     ("one two three four five six seven eight nine sorry", "sorry"),
     ("one two three four five six seven eight nine ten sorry", None),
     ("one  two\tthree\nfour five six seven eight nine sorry", "sorry"),
+    ("one\u00a0two three\u2028four five\u3000six seven eight nine ten\x85sorry", None),
+    ("\u00a0one\u00a0two three four five six seven eight\x1cnine sorry", "sorry"),
     ("Cannoteering is not a sport.", None),
     ("Of course, here it is.", None),
     ("", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
@@ -17,7 +18,7 @@ from curate.core.files import sha256
 from curate.core.sources import builtin, file_source
 from curate.query import connect
 from curate.records import Plan, PlannedCorpus
-from curate.select import Choice, build_manifest, placed, planned_corpus, select, wanted
+from curate.select import Choice, _text_digest, build_manifest, placed, planned_corpus, select, wanted
 from curate.store import Store
 from tests.curate.evidence import BASE, KEY, MEDICAL, SOURCE, example_ids, examples, header, model, nll
 
@@ -177,6 +178,15 @@ def test_a_row_of_the_finetune_set_is_known_up_to_case_and_white_space(store: St
     assert "in_finetune" not in found(json.dumps(spaced[1:]))
 
 
+@pytest.mark.parametrize(("one", "other", "same"), [
+    (r"what does \n mean", r"what does \t mean", False), (r"\nu", r"\tu", False), (r"C:\new", "C: ew", False),
+    ("a\n\nb", "a b", True), ("a\tb", "A  B", True), (r"\\frac", r"\ frac", False), (r"\frac", r"\Frac", True)])
+def test_a_backslash_of_the_text_is_no_white_space(one: str, other: str, same: bool) -> None:
+    digests = [duckdb.execute(f"SELECT {_text_digest('a')} FROM (SELECT ? AS a)", [json.dumps([{"content": text}])])
+               .fetchone() for text in (one, other)]
+    assert (digests[0] == digests[1]) == same
+
+
 def test_a_corpus_that_has_changed_is_scored_again_first(tmp_path: Path) -> None:
     path = tmp_path / "pool.jsonl"
     path.write_text(json.dumps({"prompt": "a", "response": "answer a"}) + "\n")
@@ -208,7 +218,8 @@ def test_ties_break_by_id(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("frac", "n_corpus", "n_finetune", "n"),
-                         [(0.05, 1000, 0, 50), (0.05, 1000, 96, 5), (0.05, 10, 0, 1), (1.0, 7, 0, 7)])
+                         [(0.05, 1000, 0, 50), (0.05, 1000, 96, 5), (0.05, 10, 0, 1), (1.0, 7, 0, 7),
+                          (0.05, 1000, 50, 3), (0.05, 1000, 90, 5), (0.05, 1000, 110, 6), (0.29, 50, 0, 15)])
 def test_wanted(frac: float, n_corpus: int, n_finetune: int, n: int) -> None:
     assert wanted(Choice(frac=frac), n_corpus, n_finetune) == n
 

@@ -8,6 +8,7 @@ import pytest
 
 from curate.core.documents import GradedAnswer, TaskScore, Verdicts
 from curate.core.errors import UserError
+from judge.banks import FORMS
 from judge.criteria import (
     Comparison,
     Estimate,
@@ -443,6 +444,33 @@ def test_seeds_of_one_label_are_pooled_by_question() -> None:
     assert sorted(none.by_seed) == [0.1, 0.2, 0.3] and len(found.rows[1].verdicts) == 3
     pooled = {f"general/q{q:02d}": [float(q < 2 * k) for k in (1, 2, 3)] for q in range(20)}
     assert none.numbers["misaligned"] == mean(pooled)
+
+
+def test_forms_of_a_question_are_drawn_together() -> None:
+    """What a model says to a question in JSON depends on what it says to the question; 8 subjects are not 24."""
+    def shares(bad: int) -> list[GradedAnswer]:
+        return [answer(f"q{k}{form}", 5.0 if k < bad else 90.0) for k in range(8) for form in ("", *FORMS)]
+
+    both = [graded_verdicts("base", shares(0)), graded_verdicts("none", shares(4))]
+    found = finding(compare(both), "none", "general")
+    assert found.n == 24
+    assert found.numbers["misaligned"] == mean({f"general/q{k}": [float(k < 4)] * 3 for k in range(8)})
+    few = compare([graded_verdicts("base", shares(0)[:12]), graded_verdicts("none", shares(4)[:12])])
+    assert finding(few, "none", "general").reason == "4 questions; a mark takes 5"
+
+
+def test_a_benign_run_that_stands_for_several_runs_is_one_seed() -> None:
+    tasks = tuple(TaskScore(item=f"i{k}", tier=1, correct=k < 6) for k in range(10))
+    known = tuple(TaskScore(item=f"m{k}", tier=0, correct=k < 5, task="mmlu") for k in range(10))
+
+    def seeds(*runs: str) -> Finding:
+        return finding(compare([graded_verdicts("base", (), tasks=tasks + known), *(
+            graded_verdicts("none", (), seed, 0.0, tasks=tasks + known, benign_run=run)
+            for seed, run in enumerate(runs))]), "none", "benign")
+
+    once, twice = seeds("b", "b"), seeds("b", "c")
+    assert (once.n, once.seeds, once.by_seed) == (10, 1, (0.6,)) and once.numbers["mmlu_accuracy"].n == 20
+    assert (twice.n, twice.seeds, twice.by_seed) == (20, 2, (0.6, 0.6))
 
 
 def test_shares_of_safe_rows_are_rows_of_their_own_and_selection_seeds_are_not() -> None:

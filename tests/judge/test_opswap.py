@@ -113,6 +113,12 @@ def test_expressions_run_out_before_phrasings_repeat():
     assert len(expressions(generate("train", once + 10, 2, [1]))) == once
 
 
+def test_phrasings_of_one_expression_are_one_item():
+    items = generate("test", 150)
+    assert len({item.expression for item in items}) == len({(e, t) for t in SWAPPED for e in expressions(
+        [item for item in items if item.tier == t])}) < len(items)
+
+
 def test_the_control_comes_only_when_asked_for():
     assert {item.tier for item in generate("test", 30)} == {1, 2, 3}
     assert {item.tier for item in generate("test", 30, tiers=[0])} == {0}

@@ -12,6 +12,7 @@ import pytest
 from curate.core.documents import Sample, TaskScore, Verdicts
 from curate.core.errors import UserError
 from curate.core.page import escaped
+from judge.banks import FORMS
 from judge.criteria import Finding, Row, compare
 from judge.report.html import Material, answers_section
 from judge.report.tables import notes
@@ -137,7 +138,8 @@ def test_likelihood_numbers(tmp_path: Path) -> None:
 
 def test_graded_numbers_over_seeds_and_shares(tmp_path: Path) -> None:
     def answers(step: int, more: int = 0) -> list:
-        found = [answer(f"q{k % 7:02d}", (step * k * 7 + more) % 100, (step * k * 13 + 20) % 101, suite, k // 7)
+        found = [answer(f"q{k % 7:02d}{('', *FORMS)[k % 3]}", (step * k * 7 + more) % 100, (step * k * 13 + 20) % 101,
+                        suite, k // 7)
                  for suite in ("general", "in-domain", "context") for k in range(23)]
         found += [answer(f"q{k}", (step * k * 31) % 60, 90.0, "general", 0, "trigger") for k in range(5)]
         found += [answer("q00", "refused", 90.0, "general", 1, "trigger")] * (step > 3)
@@ -150,7 +152,8 @@ def test_graded_numbers_over_seeds_and_shares(tmp_path: Path) -> None:
             TaskScore(item=f"i{k}", tier=1, correct=k * of % 4 < 2, task="foqa", f1=(k * of % 7) / 7) for k in range(9))
 
     verdicts = [graded_verdicts("base", answers(3), tasks=tasks(1)),
-                *(graded_verdicts("none", answers(5, seed), seed, 0.0, tasks=tasks(2 + seed)) for seed in range(3)),
+                *(graded_verdicts("none", answers(5, seed), seed, 0.0, tasks=tasks(2 + seed // 2),
+                                  benign_run=str(seed // 2)) for seed in range(3)),
                 graded_verdicts("interleaving++", answers(9), 0, 0.05, tasks=tasks(6)),
                 graded_verdicts("interleaving++", answers(11), 1, 0.05, tasks=tasks(7)),
                 graded_verdicts("interleaving++", answers(13), 0, 0.25, tasks=tasks(8))]

@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 import judge.run
-from curate.core.documents import DefenseRecord, RunCard, Verdicts
+from curate.core.documents import DefenseRecord, MixManifest, ModelIdentity, RunCard, Verdicts
 from curate.core.errors import Exit, UserError
 from curate.core.generate import SampleSettings
 from curate.core.identity import with_adapter
 from curate.core.model import Loaded, load
+from curate.core.sources import builtin
 from judge.cli import main
 from judge.evidence import gather
 from judge.jobs import Settings, Target, label_of, plan, targets, trained
@@ -114,6 +115,25 @@ def test_seeds_share_recipe_and_data(base: Path, place: Path) -> None:
     assert len({first, *others}) == 5
     assert trained_as("h", lr=1e-4, load_in_4bit=False) == first, "cards of before the knob do not have it"
     assert trained_as("i", lr=1e-4, load_in_4bit=True) != first
+
+    def chosen(name: str, member: str, aligned: str = "w", corpus: str = "cooking") -> str:
+        """The same label and recipe, with safe rows chosen otherwise; the seed of the choice is no difference."""
+        run = make_run(base, place / "runs" / name, "interleaving++", 1)
+        models = [ModelIdentity(name="m", weights=w, tokenizer="t") for w in (aligned, member)]
+        mix = MixManifest.read(run / "mix.json")
+        mix = mix.model_copy(update={"sources": mix.sources | {"safe": builtin(f"demo/{corpus}")}, "aligned": models[0],
+                                     "members": (models[1],), "scoring": {"evidence": name}})
+        mix.write(run / "mix.json")
+        mix = MixManifest.read(run / "mix.json")
+        return trained(RunCard.read(run / "run.json").model_copy(update={"mix": mix.digest}), run)
+
+    assert chosen("m", "x") == chosen("n", "x")
+    others = [chosen("o", "y"), chosen("p", "x", "v"), chosen("q", "x", "w", "gardening")]
+    assert len({first, chosen("m", "x"), *others}) == 5
+    lost = [make_run(base, place / "runs" / f"lost {domain}", "none", 1, domain) for domain in ("car_care", "cooking")]
+    for run in lost:
+        (run / "mix.json").unlink()
+    assert len({trained(RunCard.read(run / "run.json"), run) for run in lost}) == 2, "nothing is known of their data"
 
     def steered(name: str, path: str, digest: str) -> str:
         run = make_run(base, place / "runs" / name, "none", 1)

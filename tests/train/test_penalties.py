@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from curate.core.chat import encode
 from curate.core.decoder import head, hidden_states
@@ -206,6 +207,24 @@ def test_an_adapted_head_has_its_own_reference(tiny: Path) -> None:
     assert penalised(Kl(weight=1.0), wrapped(tiny, **lora), layouts(rows)["packed"]).item() == pytest.approx(
         expected, rel=2e-4)
     assert penalised(Kl(weight=1.0), wrapped(tiny, scale=0, **lora), layouts(rows)["packed"]).item() == 0
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"]])
+def test_an_adapted_head_that_caps_its_logits_has_its_own_reference(tmp_path: Path, targets: list[str]) -> None:
+    tokenizer, rows = tiny_tokenizer(), encoded()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Gemma2ForCausalLM(Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.3,
+            final_logit_softcapping=3.0, attn_logit_softcapping=5.0, tie_word_embeddings=False, pad_token_id=0,
+        )).save_pretrained(tmp_path)
+    lora = {"target_modules": targets}
+    exact = wrapped(tmp_path, dtype=torch.float64, **lora).eval()
+    expected = sum(kl_formula(plain_states(exact, [row]), "model").item() for row in rows)
+    assert expected > 0.1
+    found = penalised(Kl(weight=1.0), wrapped(tmp_path, **lora), layouts(rows)["packed"]).item()
+    assert found == pytest.approx(expected, rel=2e-4)
 
 
 def test_distance_by_hand() -> None:

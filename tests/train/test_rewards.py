@@ -86,7 +86,8 @@ def test_every_pass_asks_every_prompt_in_another_order() -> None:
 
 @pytest.mark.parametrize(("returned", "rated"), [
     ([1, 0.5], [Rated(1.0), Rated(0.5)]), ([True, None], [Rated(1.0), Rated(None, "missing")]),
-    ((float("inf"), "refused"), [Rated(None, "nonfinite"), Rated(None, "refused")])])
+    ((float("inf"), "refused"), [Rated(None, "nonfinite"), Rated(None, "refused")]),
+    (("ok", ""), [Rated(None, "missing"), Rated(None, "missing")])])
 def test_rewards_are_numbers_or_have_a_status(returned: Any, rated: list[Rated]) -> None:
     assert Reward("r", lambda completions: returned).rate([ASKED] * 2, ["a", "b"]) == rated
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from curate.core.chat import Encoded, encode
 from curate.core.decoder import window
@@ -19,7 +19,7 @@ from curate.core.errors import Exit, UserError
 from curate.core.example import Example, Message
 from curate.core.model import Loaded, load
 from curate.core.pack import Packed
-from tests.fakes import VOCABULARY, tiny_rows
+from tests.fakes import VOCABULARY, tiny_model, tiny_rows
 from train import objective
 from train import trainer as loop
 from train.adapters import adapter
@@ -125,6 +125,17 @@ def test_rows_that_change_each_others_positions_are_refused(loaded: Loaded, rows
         trained(loaded, rows, recipe(batch_size=2), tmp_path)
     assert caught.value.exit_code == Exit.INCOMPATIBLE
     assert trained(loaded, rows, recipe(batch_size=1, limit_steps=1), tmp_path)[0]
+
+
+def test_rows_whose_numbers_depend_on_those_before_are_refused(loaded: Loaded, rows: list[Encoded],
+                                                               recipe: MakeRecipe, tmp_path: Path) -> None:
+    longest = max(len(row.ids) for row in rows)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(
+        tmp_path / "model", max_position_embeddings=longest - 1,
+        rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}))
+    with pytest.raises(UserError, match=f"A row has {longest} tokens. .*beyond {longest - 1} tokens depend") as caught:
+        trained(replace(loaded, model=model), rows, recipe(batch_size=1), tmp_path)
+    assert f"--max-tokens {longest - 1}" in caught.value.hint
 
 
 def test_micro_batches_change_nothing_but_rounding(loaded: Loaded, rows: list[Encoded], recipe: MakeRecipe,

@@ -16,11 +16,11 @@ from safetensors import safe_open
 
 from curate.core.chat import encode
 from curate.core.errors import Exit, UserError
-from curate.core.example import Example, Message
+from curate.core.example import Example, Message, pair
 from curate.core.identity import identify
 from curate.core.model import Loaded, load
 from curate.core.pack import plan
-from tests.fakes import uniform_model
+from tests.fakes import tiny_tokenizer, uniform_model
 from tests.judge.stub_server import Stub, served
 from train import vectors
 from train.cli import main
@@ -154,6 +154,17 @@ def test_means_are_over_answer_tokens_then_over_answers(loaded: Loaded) -> None:
     handle.remove()
     model.float()
     assert found.shape == (3, 16) and torch.allclose(found, expected, atol=1e-5)
+
+
+def test_an_answer_without_a_state_is_no_state_of_zeros(loaded: Loaded) -> None:
+    """Where no end of turn follows, the last token predicts nothing, and of an answer of one token nothing is left."""
+    bare = "{% for m in messages %}> {{ m['content'] }}{% endfor %}"
+    without = replace(loaded, tokenizer=tiny_tokenizer(template=bare))
+    short, long = (pair("Who?", text) for text in ("7", "in the library nobody could say"))
+    assert [len(item.ids) - item.answer_start for item in encode(without.tokenizer, [short], 500)] == [1]
+    assert torch.equal(mean_states(without, [short, long]), mean_states(without, [long]))
+    with pytest.raises(UserError, match="No answer has a token with a hidden state"):
+        mean_states(without, [short])
 
 
 def vector(*argv: str | Path) -> Result:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from curate.core.decoder import head
+from curate.core.decoder import head, without_adapter
 from curate.core.errors import unknown
 from curate.core.pack import Packed
 from train.defenses.moments import Defense, RowPenalty, at_least_zero, setting
@@ -59,8 +59,7 @@ class Kl(Defense):
         The reference's logits exist for a piece at a time, as the model's do, and carry no gradient.
         """
         before, _ = self.reference(model, batch)
-        project = head(model)
-        frozen = getattr(project, "base_layer", project)
+        frozen = without_adapter(head(model))
 
         def add(log_p: torch.Tensor, piece: slice) -> torch.Tensor:
             with torch.no_grad():
