@@ -43,8 +43,7 @@ def evidence(place: Path) -> pl.DataFrame:
 
 def members_of(frame: pl.DataFrame) -> list[str]:
     """Return the names of the members in a table of evidence."""
-    return [name for name in frame.columns if name not in
-            ("example_id", "source", "label", "refusal", "n_tokens", "aligned")]
+    return sorted(set(frame.columns) - {"example_id", "source", "label", "refusal", "n_tokens", "aligned"})
 
 
 def s_d(frame: pl.DataFrame, members: Sequence[str], eps: float = EPS) -> pl.Series:

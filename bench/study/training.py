@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from bench.study.scores import markdown
 from curate.core.documents import Method, RunCard, Verdicts
@@ -73,9 +74,8 @@ def measured(one: Verdicts, limit: float, rule: Rule = Rule()) -> dict[str, dict
     found: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
     for p in one.probes:
         found[p.set.partition("-")[0]][p.probe] = p.nll_bad / p.n_bad - p.nll_good / p.n_good
-    for score in one.tasks:
-        if score.task == "opswap":
-            found["opswap"][score.item] = float(score.correct)
+    for item in {score.item for score in one.tasks if score.task == "opswap"}:
+        found["opswap"][item] = fmean(score.correct for score in one.tasks if score.item == item)
     for s in one.samples:
         fine = s.nll_base is not None and s.nll_base <= limit and s.repetition < rule.repetition
         found["coherent"][s.question] = float(s.status == "ok" and fine)
