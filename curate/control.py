@@ -26,7 +26,6 @@ SIZE = 4096
 NEAREST = 5
 MIN_COSINE = 0.1
 """Prompts that are less alike than this are no control."""
-BLOCK = 1024
 WORD = re.compile(r"\w+")
 
 
@@ -75,26 +74,64 @@ def expected_same(rows: Mapping[str, Asked], reference: Reference) -> dict[str, 
 def expected_similar(rows: Mapping[str, Asked], reference: Reference) -> dict[str, float]:
     """Return the mean s_d over the nearest prompts of ``reference``, for rows that have one near enough.
 
-    Ties break by the reference's id; fewer than ``NEAREST`` are used where fewer are near enough.
+    Cosines are compared to 6 decimals and ties break by the reference's id; fewer than ``NEAREST`` are used where
+    fewer are near enough. Memory is that of the words of the reference prompts; a row's time is that of its words'
+    postings.
     """
     if not reference.ids:
         return {}
-    texts = [asked.text for asked in reference.asked]
-    weights = rarity(texts)
-    known = vectors(texts, weights)
+    weights = rarity([asked.text for asked in reference.asked])
+    known = Postings.of([asked.text for asked in reference.asked], weights)
     s_d = np.array(reference.s_d)
-    keys = np.array([asked.key for asked in reference.asked])
-    found, names = {}, list(rows)
-    for first in range(0, len(names), BLOCK):
-        block = names[first:first + BLOCK]
-        cosines = vectors([rows[name].text for name in block], weights) @ known.T
-        for name, cosine in zip(block, cosines, strict=True):
-            cosine[keys == rows[name].key] = -1.0
-            near = np.argsort(-cosine.round(6), kind="stable")[:NEAREST]
-            near = near[cosine[near] >= MIN_COSINE]
-            if len(near):
-                found[name] = float(s_d[near].mean())
+    own: dict[str, list[int]] = defaultdict(list)
+    for k, asked in enumerate(reference.asked):
+        own[asked.key].append(k)
+    found = {}
+    for row, asked in rows.items():
+        cosines = known.cosines(asked.text, weights)
+        cosines[own.get(asked.key, [])] = -1.0
+        near = nearest(cosines)
+        if len(near):
+            found[row] = float(s_d[near].mean())
     return found
+
+
+@dataclass(frozen=True)
+class Postings:
+    """The vectors of many texts without their zeros, by place: which texts have something there, and how much."""
+
+    n: int
+    starts: np.ndarray
+    """Where each place's postings begin; one more than places."""
+    texts: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Sequence[str], weights: np.ndarray) -> Postings:
+        """Return the postings of ``texts``, in their order at each place."""
+        made = [vector(text, weights) for text in texts]
+        places = np.concatenate([one for one, _ in made])
+        owners = np.repeat(np.arange(len(texts), dtype=np.int32), [len(one) for one, _ in made])
+        order = np.argsort(places, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=SIZE))])
+        return cls(len(texts), starts, owners[order], np.concatenate([value for _, value in made])[order])
+
+    def cosines(self, text: str, weights: np.ndarray) -> np.ndarray:
+        """Return the cosine of ``text`` with each of the texts, to 6 decimals."""
+        found = np.zeros(self.n)
+        for at, value in zip(*vector(text, weights), strict=True):
+            here = slice(self.starts[at], self.starts[at + 1])
+            found[self.texts[here]] += value * self.values[here]  # a text is at most once at a place
+        return found.round(6)
+
+
+def nearest(cosines: np.ndarray) -> np.ndarray:
+    """Return where the ``NEAREST`` largest of the cosines from ``MIN_COSINE`` on stand, ties by place."""
+    near = np.flatnonzero(cosines >= MIN_COSINE)
+    if len(near) > NEAREST:
+        least = np.partition(cosines[near], -NEAREST)[-NEAREST]
+        near = near[cosines[near] >= least]
+    return near[np.argsort(-cosines[near], kind="stable")[:NEAREST]]
 
 
 def rarity(texts: Sequence[str]) -> np.ndarray:
@@ -105,15 +142,14 @@ def rarity(texts: Sequence[str]) -> np.ndarray:
     return (np.log((1 + len(texts)) / (1 + holds)) + 1).astype(np.float32)
 
 
-def vectors(texts: Sequence[str], weights: np.ndarray) -> np.ndarray:
-    """Return one row of unit length for each text: (1 + ln count) times the word's weight; zeros without words."""
-    counts = np.zeros((len(texts), SIZE), dtype=np.float32)
-    for k, text in enumerate(texts):
-        for word in words(text):
-            counts[k, place(word)] += 1
-    scaled = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), np.float32(0)) * weights
-    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
-    return scaled / np.where(lengths > 0, lengths, np.float32(1))
+def vector(text: str, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of a text's vector that are not 0, ascending, and what stands there; its length is 1.
+
+    A place's value is (1 + ln count) times its weight, before the whole is scaled.
+    """
+    places, counts = np.unique(np.array([place(word) for word in words(text)], dtype=np.int32), return_counts=True)
+    scaled = ((1 + np.log(counts)) * weights[places]).astype(np.float32)
+    return places, scaled / (np.linalg.norm(scaled) if len(scaled) else np.float32(1))
 
 
 def words(text: str) -> list[str]:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from curate.control import Asked, Reference, expected_same, expected_similar, rarity, vectors
+from curate.control import (
+    NEAREST,
+    Asked,
+    Postings,
+    Reference,
+    expected_same,
+    expected_similar,
+    nearest,
+    place,
+    rarity,
+    vector,
+    words,
+)
 from curate.core.example import Example, Message, pair
 
 
@@ -49,9 +61,37 @@ def test_nearest_are_few_and_ties_break_by_id() -> None:
 
 
 def test_vectors_have_unit_length_and_rare_words_weigh_more() -> None:
-    texts = ["tea tea pot", "tea cup", "..."]
-    weights = rarity(texts)
-    made = vectors(texts, weights)
-    assert np.linalg.norm(made, axis=1) == pytest.approx([1, 1, 0])
+    weights = rarity(["tea tea pot", "tea cup", "..."])
+    places, values = vector("tea tea pot", weights)
     tea, pot = (1 + np.log(2)) * (np.log(4 / 3) + 1), np.log(4 / 2) + 1
-    assert sorted(made[0][made[0] > 0]) == pytest.approx(sorted(np.array([tea, pot]) / np.hypot(tea, pot)))
+    assert dict(zip(places, values, strict=True)) == pytest.approx(
+        {place("tea"): tea / np.hypot(tea, pot), place("pot"): pot / np.hypot(tea, pot)})
+    assert [len(part) for part in vector("...", weights)] == [0, 0]
+
+
+def test_cosines_are_those_of_dense_vectors() -> None:
+    """Words drawn from few, so that places are shared, repeated and missing."""
+    random = np.random.default_rng(7)
+    texts = [" ".join(f"w{k}" for k in random.integers(0, 23, n)) for n in random.integers(0, 11, 61)]
+    weights = rarity(texts)
+    dense = np.zeros((len(texts), len(weights)))
+    for k, text in enumerate(texts):
+        for word in set(words(text)):
+            dense[k, place(word)] = (1 + np.log(words(text).count(word))) * weights[place(word)]
+        dense[k] /= np.linalg.norm(dense[k]) or 1.0
+    known = Postings.of(texts, weights)
+    assert np.array([known.cosines(text, weights) for text in texts]) == pytest.approx(dense @ dense.T, abs=2e-6)
+
+
+def test_the_nearest_are_those_of_a_full_sort() -> None:
+    random = np.random.default_rng(3)
+    for n in (0, 1, NEAREST, 97):
+        cosines = random.integers(-1, 7, n) / 8
+        full = [k for k in np.argsort(-cosines, kind="stable")[:NEAREST] if cosines[k] >= 0.1]
+        assert nearest(cosines).tolist() == full
+
+
+def test_the_cost_is_that_of_words_and_not_of_places() -> None:
+    """4,001 prompts of 4 words take 0.2 MB; vectors of 4,096 places would take 66 MB."""
+    known = Postings.of([f"tea with number{k} please" for k in range(4001)], rarity(["tea"]))
+    assert known.texts.nbytes + known.values.nbytes <= 4001 * 4 * 8 and known.n == 4001
