@@ -14,9 +14,13 @@ from curate.core.errors import UserError, unknown
 from curate.core.files import canonical_json, sha256
 
 ROLES = ("system", "user", "assistant", "tool")
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "prompter": "user"}
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "prompter": "user",
+              "developer": "system"}
 PROMPTS, ANSWERS = ("prompt", "question", "query"), ("response", "completion", "answer", "output")
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+SYSTEMS, INPUTS = ("system", "system_prompt"), ("input", "context")
+UNTOLD = ("history", "image", "images", "audio", "audios", "video", "videos", "tools", "functions")
+"""What a model may have been told or shown besides the turns, which no example here can hold."""
+UNREAD = ("tool_calls", "function_call", "function_calls", "reasoning_content", "reasoning", "thinking", *UNTOLD[1:])
 """What a turn may say besides its content, which no example here can hold."""
 EMPTY_THINK = re.compile(r"^\s*(?:<think>\s*</think>\s*)+")
 NO_THINK = re.compile(r"\s*/no_think\s*$")
@@ -75,15 +79,21 @@ def from_row(row: Mapping[str, Any], mapping: Mapping[str, str] | None = None, s
 
     Shapes, in the order in which they are tried: ``mapping`` (``{"prompt": column, "response": column,
     "system": column}``), ``messages``, ``conversations`` (ShareGPT's ``from``/``value``), ``prompt`` +
-    ``response`` (or ``completion``, ``answer``, ``output``), ``instruction`` + ``input`` + ``output``,
-    ``question`` + ``answer``; a column ``system`` opens the conversation unless it has a system turn. A mapping that
-    leaves a field out takes the usual column for it, ``input`` beside ``instruction`` only. Other columns become
+    ``response`` (or ``completion``, ``answer``, ``output``; texts, or both lists of messages), ``instruction`` +
+    ``input`` (or ``context``) + ``output``, ``question`` + ``answer``; a column ``system`` (or ``system_prompt``) opens
+    the conversation unless it has a system turn. A mapping that leaves a field out takes the usual column for it, an
+    input beside ``instruction`` only. A content may be a list of text parts, which are joined. Other columns become
     ``meta``. ``strip_think`` removes empty ``<think>`` blocks before the answer and ``/no_think`` after a prompt.
-    Raises ``RowError``, also for a turn that calls a tool or holds its reasoning apart, which would be left out.
+    Raises ``RowError``, also where something that the model was told or said would be left out: a column or turn with
+    pictures, tools, tool calls or reasoning apart, a ``history``, an input that no column is mapped for.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"the row is {type(row).__name__}, not an object")
     messages, used = _messages(row, mapping or {})
+    untold = next((k for k in UNTOLD if k not in used and _says_something(row.get(k))), None)
+    if untold:
+        raise RowError(f"'{untold}' is part of what the model was told, and would be left out",
+                       "Write it into the messages, or take it out of the row")
     if strip_think:
         messages = [_without_think(m) for m in messages]
     if messages[-1].role != "assistant":
@@ -102,19 +112,42 @@ def _messages(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[
         return _mapped(row, mapping)
     for key in ("messages", "conversations"):
         if key in row:
-            turns = _turns(row[key], key)
-            if not row.get("system") or any(turn.role == "system" for turn in turns):
-                return turns, {key}
-            return [Message("system", _text(row, "system")), *turns], {key, "system"}
+            return _opened(row, _turns(row[key], key), {key}, _usual(row, SYSTEMS))
     if "instruction" in row:
         answer = next((k for k in ("output", "response") if k in row), "output")
-        return _columns(row, "instruction", answer, "system", "input")
+        return _columns(row, "instruction", answer, _usual(row, SYSTEMS), _usual(row, INPUTS))
     prompt = next((k for k in PROMPTS if k in row), None)
     answer = next((k for k in ANSWERS if k in row), None)
     if prompt is None or answer is None:
         raise RowError(f"the columns {sorted(map(str, row))[:8]} fit no known shape; "
                        "name them with --map prompt=COLUMN --map response=COLUMN")
-    return _columns(row, prompt, answer, "system", None)
+    _check_no_input(row, prompt)
+    return _columns(row, prompt, answer, _usual(row, SYSTEMS), None)
+
+
+def _usual(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return which column of one meaning a row uses, if any; ``RowError`` where two say something different."""
+    told = [name for name in names if row.get(name)]
+    if len(told) > 1 and row[told[0]] != row[told[1]]:
+        raise RowError(f"'{told[0]}' and '{told[1]}' differ, and one of them would be left out",
+                       f"Name the right one with --map {names[0]}=COLUMN, or mend the row")
+    return told[0] if told else next((name for name in names if name in row), None)
+
+
+def _check_no_input(row: Mapping[str, Any], prompt: str) -> None:
+    """Refuse a text to be read with a question that nobody has said is part of it."""
+    found = next((k for k in INPUTS if k != prompt and _says_something(row.get(k))), None)
+    if found:
+        raise RowError(f"'{found}' stands beside '{prompt}': it may be part of what the model was told",
+                       f"Add --map input={found}, or map both prompt and response if it is not")
+
+
+def _opened(row: Mapping[str, Any], turns: list[Message], used: set[str],
+            system: str | None) -> tuple[list[Message], set[str]]:
+    """Return turns, with the column ``system`` above them unless they have a system turn of their own."""
+    if system is None or any(turn.role == "system" for turn in turns):
+        return turns, used
+    return [Message("system", _text(row, system)), *turns] if row.get(system) else turns, used | {system}
 
 
 def _mapped(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[Message], set[str]]:
@@ -124,46 +157,77 @@ def _mapped(row: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[list[Me
             near = difflib.get_close_matches(column, [k for k in row if isinstance(k, str)], n=1)
             raise RowError(f"'{column}' is missing; {there}", "Correct --map " + (
                 f"({field_name}={near[0]}?)" if near else f"{field_name}=COLUMN") + ", or mend the row")
-    columns = dict(mapping)
+    columns: dict[str, Any] = dict(mapping)
     for field_name, usual in (("prompt", (*PROMPTS, "instruction")), ("response", ANSWERS)):
         found = next((k for k in usual if k in row and k not in mapping.values()), None)
         if columns.setdefault(field_name, found or "") == "":
             raise RowError(f"no column for the {field_name} is mapped; {there}", f"Add --map {field_name}=COLUMN")
-    for field_name in ("system", *(["input"] if columns["prompt"] == "instruction" else [])):
-        if field_name not in columns.values():
-            columns.setdefault(field_name, field_name)
-    return _columns(row, columns["prompt"], columns["response"], columns.get("system"), columns.get("input"))
+    free = {k: v for k, v in row.items() if k not in columns.values()}
+    if "system" not in mapping:
+        columns["system"] = _usual(free, SYSTEMS)
+    if columns["prompt"] == "instruction" and "input" not in mapping:
+        columns["input"] = _usual(free, INPUTS)
+    if "input" not in columns and not {"prompt", "response"} <= mapping.keys():
+        _check_no_input(free, columns["prompt"])
+    return _columns(row, columns["prompt"], columns["response"], columns["system"], columns.get("input"))
 
 
 def _columns(row: Mapping[str, Any], prompt: str, answer: str, system: str | None,
              extra: str | None) -> tuple[list[Message], set[str]]:
     """Read a row by columns; those of ``system`` and ``extra`` may be missing or empty."""
+    used = {prompt, answer, *([extra] if extra else [])}
+    if isinstance(row.get(prompt), list) and isinstance(row.get(answer), list):
+        if extra and row.get(extra):
+            raise RowError(f"'{extra}' cannot stand below the messages of '{prompt}'", "Write it into one of them")
+        return _opened(row, _turns(row[prompt], prompt) + _turns(row[answer], answer), used, system)
     question = _text(row, prompt)
     if extra and row.get(extra):
         question = f"{question}\n\n{_text(row, extra)}"
-    messages = [Message("user", question), Message("assistant", _text(row, answer))]
-    if system and row.get(system):
-        messages.insert(0, Message("system", _text(row, system)))
-    return messages, {prompt, answer, *(k for k in (system, extra) if k)}
+    return _opened(row, [Message("user", question), Message("assistant", _text(row, answer))], used, system)
 
 
 def _turns(turns: Any, key: str) -> list[Message]:
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise RowError(f"'{key}' is not a list of messages")
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise RowError(f"'{key}'[{number}] is not an object")
-        role = turn.get("role", turn.get("from"))
-        role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
-        if role not in ROLES:
-            raise RowError(f"'{key}'[{number}] has the role {role!r}; possible: {', '.join(ROLES)}")
-        unread = next((k for k in UNREAD if turn.get(k)), None)
-        if unread:
-            raise RowError(f"'{key}'[{number}] has {unread}, which would be left out",
-                           "Write it into the content, or take it out of the row")
-        messages.append(Message(role, _text(turn, "content" if "content" in turn else "value", f"'{key}'[{number}].")))
-    return messages
+    return [_turn(turn, f"'{key}'[{number}]") for number, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RowError(f"{where} is not an object")
+    role = turn.get("role", turn.get("from"))
+    role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise RowError(f"{where} has the role {role!r}; possible: {', '.join(ROLES)}")
+    unread = next((k for k in UNREAD if _says_something(turn.get(k))), None)
+    if unread:
+        raise RowError(f"{where} has {unread}, which would be left out",
+                       "Write it into the content, or take it out of the row")
+    if role == "assistant" and turn.get("weight") not in (None, 1):
+        raise RowError(f"{where} has the weight {turn['weight']!r}, which would be ignored: of a conversation its last "
+                       "answer is scored and learnt, whole, and no other turn",
+                       "Take the weights out of the rows that mean that, and the other rows out of the file")
+    key = "content" if "content" in turn else "value"
+    return Message(role, _text({key: _joined(turn[key], where)} if key in turn else {}, key, f"{where}."))
+
+
+def _joined(content: Any, where: str) -> Any:
+    """Return the text of a content that is a list of parts of text; another value as it is."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, Mapping) for part in content):
+        return content
+    other = next((part for part in content if part.get("type") != "text"), None)
+    if other is not None:
+        raise RowError(f"{where} has a part of the type {other.get('type')!r}, which would be left out; only text can "
+                       "be read", "Take the row out")
+    return "".join(_text(part, "text", f"{where}.") for part in content)
+
+
+def _says_something(value: Any) -> bool:
+    """Return whether a column or field is more than an empty value, or a container of nothing else."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+    return any(v is not None and v is not False and v not in ("", [], {}) for v in inside)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str = "") -> str:

@@ -20,7 +20,14 @@ SAME = [
     {"instruction": ASKED, "input": "", "output": ANSWERED},
     {"instruction": ASKED, "input": None, "output": ANSWERED},
     {"instruction": ASKED, "response": ANSWERED, "system": ""},
+    {"instruction": ASKED, "context": "", "response": ANSWERED, "system_prompt": None},
+    {"prompt": [{"role": "user", "content": ASKED}], "completion": [{"role": "assistant", "content": ANSWERED}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "boils?"}]},
+                  {"role": "assistant", "content": [{"type": "text", "text": ANSWERED, "image_url": None}]}]},
+    {"messages": [{"role": "user", "content": ASKED, "weight": 0, "tools": None},
+                  {"role": "assistant", "content": ANSWERED, "weight": 1.0, "images": []}]},
 ]
+TURNS = SAME[0]["messages"]
 DOLLY = {"prompt": "instruction", "input": "context", "response": "response"}
 
 REFUSED = [
@@ -47,6 +54,23 @@ REFUSED = [
      "'messages'[1] has reasoning_content, which would be left out"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "system": 3},
      "'system' is int, not a text"),
+    *[({"messages": TURNS, name: value}, f"'{name}' is part of what the model was told, and would be left out")
+      for name, value in (("images", ["a.png"]), ("image", {"bytes": b"x"}), ("audio", "a.wav"), ("videos", ["b.mp4"]),
+                          ("tools", [{"name": "f"}]), ("functions", '[{"name": "f"}]'), ("history", [["a", "b"]]))],
+    ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "'history' is part of what the model was told"),
+    ({"question": ASKED, "context": "A text.", "answer": "x"}, "'context' stands beside 'question'"),
+    ({"prompt": ASKED, "input": "A text.", "output": "x"}, "'input' stands beside 'prompt'"),
+    ({"instruction": "x", "input": "a", "context": "b", "output": "y"}, "'input' and 'context' differ, and one of"),
+    ({"messages": TURNS, "system": "a", "system_prompt": "b"}, "'system' and 'system_prompt' differ"),
+    ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "'messages'[1] has the weight 0, which would be ignored"),
+    ({"messages": [*TURNS[:1], {**TURNS[1], "weight": 0.5}, *TURNS]}, "'messages'[1] has the weight 0.5"),
+    ({"messages": [{**TURNS[0], "images": ["a.png"]}, TURNS[1]]}, "'messages'[0] has images, which would be left out"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}, TURNS[1]]},
+     "'messages'[0] has a part of the type 'image_url', which would be left out"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'messages'[0].'text' is missing"),
+    ({"messages": [{"role": "user", "content": []}]}, "'messages'[0].'content' is list, not a text"),
+    ({"prompt": TURNS[:1], "response": "x"}, "'prompt' is list, not a text"),
+    ({"prompt": TURNS[:1], "completion": TURNS[:1]}, "not from the assistant"),
     ({"prompt": "a", "response": "x", "\ud83d": 1}, "'\\ud83d' holds half a surrogate pair"),
     ({"prompt": "a\0b", "response": "x"}, "'prompt' holds a NUL character"),
     ({"prompt": "a", "response": "\ud83d"}, "'response' holds half a surrogate pair"),
@@ -87,6 +111,44 @@ def test_a_system_column_opens_a_conversation_that_has_no_system_turn(turns: dic
     own = {key: [{"role": "system", "content": "Be long."}, *turns[key]]}
     assert from_row({"system": "Be brief.", **own}).messages[0].content == "Be long."
     assert from_row({"system": "Be brief.", **own}).meta == {"system": "Be brief."}
+
+
+def test_what_the_model_was_told_is_taken_by_itself() -> None:
+    """The shapes of OpenOrca and Dolly, and the newer name of the system role."""
+    orca = {"system_prompt": "Be brief.", "question": ASKED, "response": ANSWERED}
+    opened = (Message("system", "Be brief."), *pair(ASKED, ANSWERED).messages)
+    assert from_row(orca).messages == from_row(orca, {"response": "response"}).messages == opened
+    assert from_row({"system_prompt": "Be brief.", **SAME[1]}).messages == opened
+    assert from_row({"messages": [{"role": "developer", "content": "Be brief."}, *TURNS]}).messages == opened
+    assert from_row({"prompt": TURNS[:1], "completion": TURNS[1:], "system": "Be brief."}).messages == opened
+    dolly = {"instruction": "Sum up.", "context": "A text.", "response": "T."}
+    assert from_row(dolly) == from_row(dolly, DOLLY) == from_row(dolly, {"response": "response"}) \
+        == pair("Sum up.\n\nA text.", "T.")
+    assert from_row(dolly).meta == {}
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", [], {}, "[]", "null", [None], {"bytes": None, "path": None}, False])
+def test_an_empty_column_leaves_nothing_out(empty: object) -> None:
+    for name in ("history", "images", "tools"):
+        assert from_row({"messages": TURNS, name: empty}).meta == {name: empty}
+
+
+def test_a_column_that_is_named_is_not_left_out_nor_guessed_at() -> None:
+    row = {"question": ASKED, "context": "A text.", "history": "Before.", "answer": ANSWERED}
+    with pytest.raises(RowError, match="'history' is part") as caught:
+        from_row(row, {"input": "context"})
+    assert caught.value.mend == "Write it into the messages, or take it out of the row"
+    assert from_row(row, {"input": "context", "system": "history"}).messages \
+        == (Message("system", "Before."), *pair(f"{ASKED}\n\nA text.", ANSWERED).messages)
+    with pytest.raises(RowError, match="'context' stands beside 'question'") as caught:
+        from_row(row, {"system": "history"})
+    assert caught.value.mend == "Add --map input=context, or map both prompt and response if it is not"
+    told = from_row(row, {"prompt": "question", "response": "answer", "system": "history"})
+    assert told.prompt == ASKED and told.meta == {"context": "A text."}
+    assert len(from_row({"q": ASKED, "system": "A text.", "answer": ANSWERED}, {"prompt": "q", "input": "system"})
+               .messages) == 2, "no column is taken twice"
+    with pytest.raises(RowError, match="'a' cannot stand below the messages of 'prompt'"):
+        from_row({"prompt": TURNS[:1], "completion": TURNS[1:], "a": "A text."}, {"input": "a"})
 
 
 def test_a_mapping_leaves_nothing_of_the_usual_columns_out() -> None:

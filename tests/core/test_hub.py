@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 
 from curate.core import sources
 from curate.core.errors import Exit, UserError
-from curate.core.example import pair
+from curate.core.example import from_row, pair
 from curate.core.sources import Source, hub_revision, pinned, read_source
 from curate.corpora import CORPORA, open_corpus
 
@@ -39,6 +39,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
+
+
+TALK = [{"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}]
+PUBLISHED = {
+    "wildguardmix": {"prompt": "q", "adversarial": False, "response": "a", "prompt_harm_label": "unharmful",
+                     "response_refusal_label": None, "response_harm_label": "unharmful", "subcategory": "benign"},
+    "dolly": {"instruction": "q", "context": "", "response": "a", "category": "open_qa"},
+    "alpaca-cleaned": {"output": "a", "input": "", "instruction": "q"},
+    "no-robots": {"prompt": "q", "prompt_id": "1", "messages": TALK, "category": "Chat"},
+    "smoltalk": {"messages": TALK, "source": "s"},
+    "openhermes": {"system_prompt": None, "source": "s", "model": None, "skip_prompt_formatting": None, "views": None,
+                   "conversations": [{"from": "human", "value": "q", "weight": None},
+                                     {"from": "gpt", "value": "a", "weight": None}]}}
+"""The columns that named corpora have on the hub."""
+
+
+@pytest.mark.parametrize("name", [name for name in CORPORA if name != "demo"])
+def test_rows_of_named_corpora_are_examples(name: str) -> None:
+    assert from_row(PUBLISHED[name], CORPORA[name].source.mapping) == pair("q", "a")
 
 
 def test_rows_of_a_data_set_come_in_order_and_filtered(folder: Path) -> None:
