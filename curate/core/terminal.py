@@ -66,7 +66,7 @@ class Room(click.Group):
         as_json = self._wants_json(argv)
         _TERMINATED.clear()
         sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
-        again = " ".join([_program(), *map(_quoted, argv)]) if processes.count() == 1 else "the same launch"
+        again = " ".join([_program(), *map(quoted, argv)]) if processes.count() == 1 else "the same launch"
         if processes.rank():
             sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         signal.signal(signal.SIGTERM, _terminate)
@@ -125,7 +125,7 @@ def _program() -> str:
     return f"python -m {spec.parent or spec.name}" if spec else os.path.basename(sys.argv[0])
 
 
-def _quoted(word: str) -> str:
+def quoted(word: str) -> str:
     """Return a word as a shell reads it; what ``safe`` would change is written as bytes, in ``$'...'``."""
     if re.fullmatch(r"[\w@%+=:,./-]+", word):
         return word

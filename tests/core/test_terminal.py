@@ -206,7 +206,7 @@ def test_text_cannot_steer_the_terminal(text: str, shown: str) -> None:
     ("a\tb", r"$'a\x09b'"), ("a\nb", r"$'a\x0ab'"), ("a\u2028b'\\", r"$'a\xe2\x80\xa8b\x27\x5c'"),
     ("\udcff é", r"$'\xff é'")], ids=ascii)
 def test_the_line_to_go_on_with_survives_being_made_safe(word: str, quoted: str) -> None:
-    assert terminal._quoted(word) == quoted == safe(quoted)
+    assert terminal.quoted(word) == quoted == safe(quoted)
 
 
 def test_progress_is_said_while_nothing_moves_and_not_after(monkeypatch: pytest.MonkeyPatch) -> None:
