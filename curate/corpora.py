@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from curate.core.errors import UserError, unknown
 from curate.core.objects import is_url
-from curate.core.sources import BUILTIN, FORMATS, Source, builtin, file_source, pinned, url_source
+from curate.core.sources import BUILTIN, FORMATS, Source, builtin, check_plain, file_source, pinned, url_source
+from curate.core.terminal import quoted
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def open_corpus(name: str, mapping: Mapping[str, str] | None = None, strip_think
     if is_url(name):
         return Corpus(name.rpartition("/")[2], url_source(name, mapping, strip_think), Path())
     path = Path(name)
+    check_plain(path)
     if path.suffix in FORMATS or path.is_file():
         real = _real_file(path)
         return Corpus(path.name, file_source(real, real.parent, mapping, strip_think), real.parent.resolve())
@@ -80,10 +83,7 @@ def open_corpus(name: str, mapping: Mapping[str, str] | None = None, strip_think
     elif name in BUILTIN:
         source = builtin(name)
     elif path.is_dir():
-        files = sorted(p.name for p in path.iterdir() if p.suffix in FORMATS)
-        raise UserError(f"{name} is a folder: name the files in it.",
-                        f"For example --corpus {path / files[0]}." if files else
-                        f"It holds none of {', '.join(FORMATS)}.")
+        raise UserError(f"{name} is a folder: name the files in it.", _of_folder(path))
     elif _is_no_hub_id(name):
         raise _no_file(path)
     elif "/" in name:
@@ -125,8 +125,20 @@ def _is_no_hub_id(name: str) -> bool:
     return bool(near) or ending in OTHER_FORMATS or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
 
 
+def _of_folder(path: Path) -> str:
+    """Return what to do about a folder that was meant as a corpus."""
+    splits = sorted(found.parent.name for found in path.glob("*/state.json"))
+    if splits or (path / "state.json").is_file():
+        split = f"[{json.dumps(splits[0])}]" if splits else ""
+        made = json.dumps(f"{path.resolve().name}.parquet")
+        code = f"import datasets; datasets.load_from_disk({json.dumps(str(path))}){split}.to_parquet({made})"
+        return f"It is of datasets' save_to_disk; make a file of it: python -c {quoted(code)}"
+    files = sorted(p.name for p in path.iterdir() if p.suffix in FORMATS)
+    return f"For example --corpus {path / files[0]}." if files else f"It holds none of {', '.join(FORMATS)}."
+
+
 def _no_file(path: Path) -> UserError:
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    there = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, n=1)
     known = f"Possible endings: {', '.join(FORMATS)}. A data set of the hub is told from a path by NAME@REVISION."
     return UserError(f"There is no file {path}.", f"Did you mean '{path.parent / near[0]}'?" if near else known)

@@ -12,6 +12,7 @@ from typing import Any
 
 from curate.core.errors import Exit, UserError
 from curate.core.example import RowError
+from curate.core.terminal import quoted
 
 MAX_LINE_BYTES = 8 * 2**20
 
@@ -25,12 +26,22 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             number += 1
             place = f"line {number} (byte {offset})"
             size = len(line)
+            text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip(b" \t\r\n")
+            row = _parsed(text) if text else None
             if size > MAX_LINE_BYTES and not line.endswith(b"\n"):
                 size += _skip_line(handle)
-                yield place, RowError(f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB")
-            elif (text := line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")).strip(b" \t\r\n"):
-                yield place, _parsed(text)
+                row = RowError(f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB")
+            if number == 1 and text.startswith(b"[") and isinstance(row, list | RowError):
+                row = RowError("it looks like one JSON array, not like a row on each line",
+                               as_lines(path, "ROWS.jsonl"))
+            if text:
+                yield place, row
             offset += size
+
+
+def as_lines(path: Path, to: Path | str) -> str:
+    """Return how one JSON array becomes JSON Lines."""
+    return f"Write a row on each line: jq -c '.[]' {quoted(str(path))} > {quoted(str(to))}"
 
 
 def _skip_line(handle: io.BufferedReader) -> int:

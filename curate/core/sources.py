@@ -19,7 +19,8 @@ from curate.core.errors import Exit, UserError, unknown
 from curate.core.example import Example, RowError, from_row
 from curate.core.files import canonical_json, file_sha256, inside, relative_to_root, sha256, write_atomic
 from curate.core.objects import fetch
-from curate.core.rows import csv_rows, json_rows, parquet_rows
+from curate.core.rows import as_lines, csv_rows, json_rows, parquet_rows
+from curate.core.terminal import quoted
 
 FORMATS = (".jsonl", ".ndjson", ".parquet", ".csv")
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -57,6 +58,8 @@ class Reading:
     """What happened to the rows of one source: ``n_rows = n_examples + sum(filtered) + len(rejects)``."""
 
     n_rows: int = 0
+    place: str = ""
+    """Of the row that was read last."""
     n_examples: int = 0
     filtered: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, Any]] = field(default_factory=list)
@@ -77,12 +80,32 @@ def builtin_path(name: str) -> Path:
 def file_source(path: Path, root: Path, mapping: Mapping[str, str] | None = None,
                 strip_think: bool = False) -> Source:
     """Return the source of a local file, with its digest, relative to ``root``."""
+    check_plain(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}.", "Give a .jsonl, .parquet or .csv file.")
     if path.suffix not in FORMATS:
-        raise UserError(f"{path} is no known format.", f"Possible endings: {', '.join(FORMATS)}.")
+        raise UserError(f"{path} is no known format.", _as_known_format(path))
     return Source(kind="file", name=relative_to_root(path, root), sha256=file_sha256(path),
                   mapping=dict(mapping or {}), strip_think=strip_think)
+
+
+def check_plain(path: Path) -> None:
+    """Refuse what is there but is neither file nor folder, such as ``/dev/fd/63`` of a shell's ``<(...)``."""
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is a pipe or a device. Rows must lie in a plain file, since they are read more than "
+                        "once and pinned by a digest.", "Write them to a file first: ... > rows.jsonl")
+
+
+def _as_known_format(path: Path) -> str:
+    """Return what to do about a file that cannot be read as it is."""
+    if path.suffix == ".gz":
+        return f"Unpack it first: gunzip -k {quoted(str(path))}"
+    if path.suffix == ".json":
+        with open(path, "rb") as handle:
+            if handle.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                return as_lines(path, path.with_suffix(".jsonl"))
+        return "If it has one row on each line, let its name end in .jsonl; else write it so with jq."
+    return f"Possible endings: {', '.join(FORMATS)}."
 
 
 def url_source(url: str, mapping: Mapping[str, str] | None = None, strip_think: bool = False) -> Source:
@@ -143,6 +166,7 @@ def read_source(source: Source, root: Path, reading: Reading | None = None, max_
     reading = reading if reading is not None else Reading()
     for place, row in _rows(source, root):
         reading.n_rows += 1
+        reading.place = place
         try:
             if isinstance(row, RowError):
                 raise row

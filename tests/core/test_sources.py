@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +17,7 @@ from curate.core import rows, sources
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, pair
 from curate.core.sources import Reading, Source, builtin, file_source, local_path, read_source, rows_digest
+from curate.corpora import open_corpus
 
 GOOD = b'{"prompt": "q%d", "response": "a%d"}'
 
@@ -78,6 +82,51 @@ def test_max_bad_lets_a_share_through_and_writes_it_aside(tmp_path: Path, bad: b
     mended = write(tmp_path, [GOOD % (1, 1)])
     read(tmp_path, mended, max_bad=0.33, rejects=aside)
     assert not aside.exists(), "the list of an earlier reading"
+
+
+@pytest.mark.parametrize("array", [b'[\n {\n  "prompt": "q",\n  "response": "a"\n }\n]', b'[{"prompt": "q"}]', b"[",
+                                   b'\xef\xbb\xbf  [{"prompt": "' + b"q" * 9 * 2**20 + b'"}]'])
+def test_one_json_array_is_told_as_such(tmp_path: Path, array: bytes) -> None:
+    with pytest.raises(UserError, match=r"line 1 \(byte 0\): it looks like one JSON array, not like a row") as caught:
+        read(tmp_path, write(tmp_path, array))
+    assert caught.value.hint == f"Write a row on each line: jq -c '.[]' {tmp_path}/rows.jsonl > ROWS.jsonl."
+
+
+@pytest.mark.parametrize(("name", "content", "hint"), [
+    ("rows.json", b' \n[{"prompt": "q"}]', "Write a row on each line: jq -c '.[]' {}/rows.json > {}/rows.jsonl"),
+    ("rows.json", GOOD % (1, 1), "If it has one row on each line, let its name end in .jsonl"),
+    ("my rows.jsonl.gz", b"\x1f\x8b", "Unpack it first: gunzip -k '{}/my rows.jsonl.gz'")])
+def test_the_next_step_of_files_that_others_read(tmp_path: Path, name: str, content: bytes, hint: str) -> None:
+    with pytest.raises(UserError, match="is no known format") as caught:
+        write(tmp_path, content, name)
+    assert caught.value.hint.startswith(hint.replace("{}", str(tmp_path)))
+    with pytest.raises(UserError, match="is no known format"):
+        open_corpus(str(tmp_path / name))
+
+
+def test_a_pipe_is_no_corpus(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    reader, writer = os.pipe()
+    for path in (tmp_path / "pipe.jsonl", Path(f"/dev/fd/{reader}")):
+        for opened in (partial(open_corpus, str(path)), partial(file_source, path, path.parent)):
+            with pytest.raises(UserError, match=r"is a pipe or a device\. Rows must lie in a plain file") as caught:
+                opened()
+            assert str(path) in caught.value.message and "rows.jsonl" in caught.value.hint
+    os.close(reader), os.close(writer)
+    with pytest.raises(UserError, match="There is no file") as caught:
+        open_corpus(f"/dev/fd/{reader}")
+    assert f"'/dev/fd/{reader}'" not in caught.value.hint
+
+
+def test_a_folder_of_save_to_disk_says_how_it_becomes_a_file(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": "q", "response": "a"}])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    for name, split in (("one", ""), ("splits", '["train"]')):
+        with pytest.raises(UserError, match="is a folder: name the files in it") as caught:
+            open_corpus(str(tmp_path / name))
+        code = f'import datasets; datasets.load_from_disk("{tmp_path / name}"){split}.to_parquet("{name}.parquet")'
+        assert caught.value.hint == f"It is of datasets' save_to_disk; make a file of it: python -c '{code}'"
 
 
 def test_byte_order_mark_crlf_blank_lines_and_no_last_newline_are_fine(tmp_path: Path) -> None:
