@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from curate.core.errors import Exit, UserError, unknown
-from curate.core.terminal import CONTROL, columns, safe
+from curate.core.terminal import CONTROL, STOPPED_TOO, columns, safe
 from curate.ledger import Kind
 from curate.parts import SCHEMAS
 from curate.refusals import refusal_sql
@@ -86,6 +86,7 @@ def connect(store: Store, eps: float, members: Sequence[str] | None) -> duckdb.D
     connection = duckdb.connect(config={"python_enable_replacements": False, "preserve_insertion_order": False,
                                         "autoload_known_extensions": False, "autoinstall_known_extensions": False,
                                         "temp_directory": f"{tempfile.gettempdir()}/safeset-{os.getpid()}"})
+    STOPPED_TOO.add(connection)
     relations = {}
     for kind, schema in SCHEMAS.items():
         files = [str(path) for path in store.part_files(kind)]

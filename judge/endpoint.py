@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sha256
 from curate.core.keys import key_in, without_key
-from curate.core.terminal import Terminated
+from curate.core.terminal import Terminated, interrupt
 from judge.journal import Journal
 from judge.prompts import carried
 
@@ -291,7 +291,14 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
             loop.remove_signal_handler(signal.SIGTERM)
             signal.signal(signal.SIGTERM, before)
 
-    return asyncio.run(main() if callable(before) else work)
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    try:
+        if ctrl_c is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the one that asyncio replaces by its own
+        return asyncio.run(main() if callable(before) else work)
+    finally:
+        if ctrl_c is interrupt:
+            signal.signal(signal.SIGINT, ctrl_c)
 
 
 def tokens_about(body: Mapping[str, Any]) -> int:

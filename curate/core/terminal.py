@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -16,7 +17,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+from weakref import WeakSet
 
 import click
 
@@ -25,6 +27,9 @@ from curate.core.errors import Exit, UserError
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 PLAIN_EVERY_S = 30.0
+ROOM_HINT = ("Free memory, or set TMPDIR to a folder on a disk with space, where what does not fit is put meanwhile; "
+             "nothing stored is lost.")
+FILE_HINT = "Look at the path, its permissions and its disk; what was finished is kept, so run it again."
 
 
 def safe(text: str) -> str:
@@ -32,8 +37,15 @@ def safe(text: str) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\t", "    "))
 
 
-_TERMINATED: list[bool] = []
-"""Not empty once SIGTERM has arrived: Ray, which waits in C, passes on the exception of any signal as Ctrl-C."""
+_ARRIVED: set[int] = set()
+"""Signals that have arrived. Libraries that wait in C pass on the exception of a handler as another one: Ray that of
+any signal as Ctrl-C, DuckDB both as a RuntimeError."""
+BROKEN_FILE = {errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
+"""What only files and disks do; Python names the file with some of them only."""
+
+
+STOPPED_TOO: WeakSet[Any] = WeakSet()
+"""Database connections whose queries a signal ends: of its own accord DuckDB finishes what its threads are at first."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -41,7 +53,7 @@ class Terminated(KeyboardInterrupt):
 
     def __init__(self) -> None:
         super().__init__()
-        _TERMINATED.append(True)
+        _ARRIVED.add(signal.SIGTERM)
 
 
 class Number(click.FloatRange):
@@ -56,7 +68,7 @@ class Number(click.FloatRange):
 
 
 class Room(click.Group):
-    """A command group that ends every user's mistake with a sentence and its exit code, never a traceback."""
+    """A command group that ends whatever is no bug of ours with a sentence and its exit code, never a traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line; see ``click.Group.main``."""
@@ -64,12 +76,14 @@ class Room(click.Group):
             return super().main(*args, standalone_mode=False, **kwargs)
         argv = list(kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
         as_json = self._wants_json(argv)
-        _TERMINATED.clear()
+        _ARRIVED.clear()
         sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
         again = " ".join([_program(), *map(quoted, argv)]) if processes.count() == 1 else "the same launch"
         if processes.rank():
             sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or someone else's
+            signal.signal(signal.SIGINT, interrupt)
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
             sys.exit(result if isinstance(result, int) else 0)
@@ -81,9 +95,14 @@ class Room(click.Group):
             err.show()
             sys.exit(err.exit_code)
         except (KeyboardInterrupt, click.Abort):
-            _stop_listening()
-            word, code = ("Terminated", Exit.TERMINATED) if _TERMINATED else ("Interrupted", Exit.INTERRUPTED)
-            _fail(f"{word}; what was finished is kept.", f"Go on with: {again}", code, as_json)
+            _interrupted(again, as_json)
+        except Exception as err:
+            if _cut_off(err):
+                _interrupted(again, as_json)
+            told = _sentence(err)
+            if told is None:
+                raise
+            _fail(told.message, told.hint, told.exit_code, as_json)
 
     def _wants_json(self, argv: Sequence[str]) -> bool:
         """Whether a command line asks for JSON on stdout; ``--json FILE`` does not."""
@@ -139,7 +158,62 @@ def _as_bytes(character: str) -> str:
 
 
 def _terminate(signum: int, frame: Any) -> None:
+    _stop_queries()
     raise Terminated
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    """Be the handler of SIGINT: note that it has arrived, and do what Python does."""
+    _ARRIVED.add(signum)
+    _stop_queries()
+    raise KeyboardInterrupt
+
+
+def _stop_queries() -> None:
+    for connection in STOPPED_TOO:
+        connection.interrupt()
+
+
+def _interrupted(again: str, as_json: bool) -> NoReturn:
+    """End as a signal asks for, with the line to go on with."""
+    _stop_listening()
+    word, code = (("Terminated", Exit.TERMINATED) if signal.SIGTERM in _ARRIVED else
+                  ("Interrupted", Exit.INTERRUPTED))
+    _fail(f"{word}; what was finished is kept.", f"Go on with: {again}", code, as_json)
+
+
+def _cut_off(err: Exception) -> bool:
+    """Return whether this is how DuckDB passes on the exception of a signal's handler."""
+    return bool(_ARRIVED) and (_of_duckdb(err, "InterruptException") or
+                               (type(err) is RuntimeError and str(err) == "Query interrupted"))
+
+
+def _of_duckdb(err: Exception, *names: str) -> bool:
+    """Return whether an error is of one of these classes of DuckDB, which is not imported for it."""
+    duckdb = sys.modules.get("duckdb")
+    return duckdb is not None and isinstance(err, tuple(getattr(duckdb, name) for name in names))
+
+
+def _sentence(err: Exception) -> UserError | None:
+    """Return what to say of an error that comes from this machine: memory, disk or files; None where it is a bug."""
+    if isinstance(err, MemoryError) or _of_duckdb(err, "OutOfMemoryException"):
+        return UserError(f"There is not enough memory: {_first_line(err) or 'none is left'}.", ROOM_HINT,
+                         Exit.ENVIRONMENT)
+    if _of_duckdb(err, "IOException"):
+        return UserError(f"A file cannot be read or written: {_first_line(err)}.", ROOM_HINT, Exit.ENVIRONMENT)
+    if not isinstance(err, OSError):
+        return None
+    if err.filename is not None:
+        what = f"{err.filename} cannot be read or written: {err.strerror}."
+    elif err.errno in BROKEN_FILE or isinstance(err, PermissionError):
+        what = f"A file cannot be read or written: {_first_line(err)}."
+    else:
+        return None
+    return UserError(what, FILE_HINT, Exit.ENVIRONMENT)
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).partition("\n")[0].rstrip(". ")
 
 
 def _stop_listening() -> None:
@@ -148,7 +222,7 @@ def _stop_listening() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _fail(message: str, hint: str, code: int, as_json: bool) -> None:
+def _fail(message: str, hint: str, code: int, as_json: bool) -> NoReturn:
     if as_json:
         emit_json({"error": safe(message), "hint": safe(hint), "exit_code": int(code)})
     rank = processes.rank()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ from curate.core.terminal import Progress, Room, columns, emit_json, progress, s
 TOOL = """
 import signal, sys, time
 import click
-from curate.core.terminal import Room, emit_json, say
+from curate.core.terminal import STOPPED_TOO, Room, emit_json, say
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may start with it ignored
 
@@ -38,6 +40,26 @@ def main():
 def wait(as_json, name):
     say("ready")
     time.sleep(60)
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.argument("query")
+@click.option("--memory", default="1GB")
+@click.option("--told", is_flag=True)
+def ask(as_json, query, memory, told):
+    import duckdb
+    connection = duckdb.connect(config={"memory_limit": memory, "temp_directory": "/dev/null/tmp"})
+    STOPPED_TOO.add(connection)
+    if told:
+        raise RuntimeError("Query interrupted")
+    say("ready")
+    connection.execute(query).fetchall()
+
+@main.command("open")
+@click.option("--json", "as_json", is_flag=True)
+@click.argument("path")
+def open_(as_json, path):
+    print(open(path).read())
 
 @main.command()
 @click.option("--err", is_flag=True)
@@ -67,9 +89,9 @@ def tool(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     (tmp_path / "tool.py").write_text(TOOL)
     root = Path(__file__).resolve().parents[2]
 
-    def start(*args: str, module: bool = False) -> subprocess.Popen[str]:
+    def start(*args: str, module: bool = False, by: Sequence[str] = ()) -> subprocess.Popen[str]:
         command = ["-m", "tool"] if module else [str(tmp_path / "tool.py")]
-        return subprocess.Popen([sys.executable, *command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        return subprocess.Popen([*by, sys.executable, *command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
     return start
 
@@ -88,6 +110,69 @@ def test_a_signal_ends_with_its_code_and_the_line_to_go_on_with(tool: Callable[.
     assert word in err and f"Go on with: {again}" in err
     assert json.loads(out) == {"error": f"{word}; what was finished is kept.", "hint": f"Go on with: {again}",
                                "exit_code": code}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_during_a_query_is_no_bug(tool: Callable[..., subprocess.Popen[str]], number: int, code: int) -> None:
+    """DuckDB turns the exception of a signal's handler into ``RuntimeError: Query interrupted``."""
+    query = "SELECT count(*) FROM range(100000000000) t(i) WHERE sqrt(i)::VARCHAR LIKE '%77%'"
+    child = tool("ask", "--json", query)
+    assert child.stderr.readline() == "ready\n"
+    time.sleep(0.5)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+    assert child.returncode == code == json.loads(out)["exit_code"] and "Traceback" not in err
+    assert 'Go on with: tool.py ask --json' in err
+    _, err = (told := tool("ask", "SELECT 1", "--told")).communicate(timeout=20)
+    assert told.returncode == Exit.BUG and "RuntimeError" in err, "the same text without a signal is a bug"
+
+
+@pytest.mark.parametrize(("query", "memory", "told"), [
+    ("SELECT list(repeat('x', 1000) || i) FROM range(1000000) t(i)", "20MB", "There is not enough memory: Out of Mem"),
+    ("SELECT repeat('x', 1000) || i AS s FROM range(1000000) t(i) ORDER BY s", "60MB", "be read or written: IO Error"),
+    ("SELECT * FROM read_parquet('/nowhere.parquet')", "1GB", "cannot be read or written: IO Error")])
+def test_a_query_that_this_machine_cannot_hold_is_no_bug(tool: Callable[..., subprocess.Popen[str]], query: str,
+                                                         memory: str, told: str) -> None:
+    child = tool("ask", "--json", query, "--memory", memory)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == Exit.ENVIRONMENT == json.loads(out)["exit_code"] and "Traceback" not in err
+    assert told in json.loads(out)["error"] and "TMPDIR" in json.loads(out)["hint"]
+
+
+def test_wrong_sql_of_ours_is_a_bug(tool: Callable[..., subprocess.Popen[str]]) -> None:
+    child = tool("ask", "SELECT a")
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == Exit.BUG and "BinderException" in err
+
+
+AS_OTHERS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search",
+             "--inh-caps=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+"""Without root's right to read everything."""
+
+
+@pytest.mark.skipif(bool(AS_OTHERS) and not shutil.which("setpriv"), reason="root reads every file")
+def test_a_file_that_cannot_be_read_is_a_sentence(tool: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    path = tmp_path / "private.jsonl"
+    path.write_text("x")
+    path.chmod(0)
+    child = tool("open", str(path), "--json", by=AS_OTHERS)
+    out, err = child.communicate(timeout=20)
+    assert child.returncode == Exit.ENVIRONMENT and "Traceback" not in err
+    assert json.loads(out) == {"error": f"{path} cannot be read or written: Permission denied.",
+                               "hint": terminal.FILE_HINT, "exit_code": 6}
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (OSError(errno.EIO, "Input/output error"), "A file cannot be read or written: [Errno 5] Input/output error."),
+    (OSError(errno.ESTALE, "Stale file handle", "a.jsonl"), "a.jsonl cannot be read or written: Stale file handle."),
+    (PermissionError("Permission denied (os error 13): a.parquet"),
+     "A file cannot be read or written: Permission denied (os error 13): a.parquet."),
+    (MemoryError(), "There is not enough memory: none is left."),
+    (OSError("Not a gzip file"), None), (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), None),
+    (ValueError("x"), None)], ids=repr)
+def test_what_this_machine_does_to_us_is_told_apart_from_bugs(error: Exception, told: str | None) -> None:
+    found = terminal._sentence(error)
+    assert (found and found.message) == told and (found is None or found.exit_code == Exit.ENVIRONMENT)
 
 
 @pytest.mark.parametrize("err", [False, True], ids=["stdout", "stderr"])

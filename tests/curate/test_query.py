@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from curate.cli import main
 from curate.core.errors import Exit, UserError
+from curate.core.terminal import STOPPED_TOO
 from curate.query import START_SECONDS, Limits, SqlResult, answer, connect, format_result, opened, request_for, run_sql
 from curate.store import Store
 from tests.curate.evidence import BASE, KEY, MEDICAL, SECURITY, example_ids, examples, fill, header, hold, model, nll
@@ -52,6 +53,12 @@ def scores(store: Store, columns: str, eps: float = 0.5, members: tuple[str, ...
         f"SELECT prompt, {columns} FROM {relation} JOIN examples USING (example_id)").fetchall()
     assert len(rows) == len({row[0] for row in rows})
     return {row[0]: row[1:] for row in rows}
+
+
+def test_a_signal_stops_its_queries(store: Store) -> None:
+    """See ``test_a_signal_during_a_query_is_no_bug``."""
+    connection = connect(store, 0.1, None)
+    assert connection in STOPPED_TOO
 
 
 def test_two_members_make_a_mean_and_s_d_by_hand(store: Store) -> None:
