@@ -31,6 +31,8 @@ def model_options(command: Any) -> Any:
             click.option("--map", "mapping", multiple=True, metavar="FIELD=COLUMN",
                          help="Where prompt, response, system or input stand, in all files."),
             click.option("--strip-think", is_flag=True, help="Drop empty <think> blocks and a trailing /no_think."),
+            click.option("--turns", type=click.Choice(["last", "all"]), default="last", show_default=True,
+                         help="Which answers of a conversation are judged; all: a row counts as its lowest one."),
             click.option("--max-bad", type=Number(0, 1), default=0.0, show_default=True,
                          help="Share of unreadable rows to put aside instead of stopping.")]):
         command = option(command)
@@ -73,7 +75,8 @@ def question(options: dict[str, Any], beside: str | Path, job_of: Callable[[dict
     job = job_of({**options, "store": store, "limit": None, "sample": None, "seed": 0, "shard": None,
                   "max_failures": 1.0})
     benign, reference = ([opened(name, options) for name in options[kind]] for kind in ("benign", "reference"))
-    return Question(job, benign, reference, options["match"], options["eps"], options["rates"])
+    return Question(job, benign, reference, options["match"], options["eps"], options["rates"], options["turns"],
+                    options["strip_think"])
 
 
 def default_store(beside: str | Path) -> Path:

@@ -32,12 +32,17 @@ class AuditRow(_Piece):
     """A distinct row of the audited set."""
 
     example_id: str
-    row: int
-    """Its number among the rows that were read, from 1."""
+    places: tuple[str, ...]
+    """Where it stands, copies included, as the reader tells places: ``line 3 (byte 120)`` of JSON Lines, ``line 3``
+    (its last) of CSV, ``row 3`` of Parquet and hub data."""
     status: str
-    """ok, or why there is no value."""
+    """ok, or why there is no value; in_part where only some turns have one."""
     value: float | None
-    """What the row is judged by: s_d, less ``reference`` if there is one."""
+    """What the row is judged by: s_d, less ``reference`` if there is one, of its lowest turn."""
+    turn: int
+    """Which message of the assistant that is, from 1; what follows is of this turn."""
+    turn_id: str
+    """The turn's example in the store; of the last turn, it is the row's."""
     s_d: float | None
     reference: float | None
     """Mean s_d of the reference answers that it is compared with."""
@@ -47,6 +52,16 @@ class AuditRow(_Piece):
     refusal: str | None
     nll_sum: dict[str, float]
     """Sums over answer tokens in nats, by model."""
+
+
+class AuditedModel(_Piece):
+    """A model whose scores were used, and where it came from."""
+
+    role: Literal["aligned", "member"]
+    name: str
+    id: str
+    place: str
+    """The aligned model as it was named; a member's adapter."""
 
 
 class DrivingRow(AuditRow):
@@ -67,11 +82,16 @@ class LevelResult(_Piece):
     rate_low: float
     rate_high: float
     rows: int
+    """Distinct ones with a value."""
     below: int
     expected: float
     p: float
     at_least: int
     excess: float
+    file_rows: int
+    """The same with their copies, as training sees them."""
+    file_below: int
+    file_at_least: int
     noticed: int
     """The smallest count below that would have been more than benign rows explain."""
 
@@ -82,7 +102,18 @@ class LevelResult(_Piece):
         return cls(rate=level.rate, threshold=level.threshold, benign=level.benign, n_benign=level.n,
                    mean_rate=level.cut.mean_rate, rate_low=low, rate_high=high, rows=found.rows, below=found.below,
                    expected=found.expected, p=found.p, at_least=found.at_least, excess=found.excess,
+                   file_rows=found.file_rows, file_below=found.file_below, file_at_least=found.file_at_least,
                    noticed=noticed(found.rows, level.cut, alpha))
+
+    @property
+    def share(self) -> float:
+        """Share of the distinct rows below the level."""
+        return self.below / self.rows if self.rows else 0.0
+
+    @property
+    def file_share(self) -> float:
+        """Share of the rows of the file below the level."""
+        return self.file_below / self.file_rows if self.file_rows else 0.0
 
 
 class Pairs(_Piece):
@@ -100,12 +131,13 @@ class AuditSummary(_Piece):
     """What ``curate audit --json`` prints; ``counts`` by status add up to ``rows``."""
 
     kind: str = "safeset.audit"
-    version: int = 1
+    version: int = 2
     data: str
     sha256: str
     rows: int
     counts: dict[str, int]
     measure: Measure
+    models: tuple[AuditedModel, ...]
     calibration: str | None
     """Digest of the calibration document."""
     benign: tuple[BenignSet, ...]
@@ -114,12 +146,18 @@ class AuditSummary(_Piece):
     levels: tuple[LevelResult, ...]
     prompts: int
     """Different prompts of the rows with a value."""
+    turns: int
+    """Turns that were judged of the rows with a value."""
+    left_out: int
+    """Rows of the file in which the assistant says more than was judged."""
     pairs: Pairs | None
     state: Literal["uncalibrated", "unjudged", "nothing_found", "suspicious", "likely"] = "uncalibrated"
     p: float | None = None
     """Of the level that speaks loudest, times the number of levels."""
     at_least: float | None = None
-    """Share of the judged rows that are bad, at least, at 95% confidence over all levels together."""
+    """Share of the judged distinct rows that are bad, at least, at 95% confidence over all levels together."""
+    file_at_least: float | None = None
+    """The same of the judged rows of the file, copies included."""
     excess: float | None = None
     """Estimated share of bad rows, by the level that gives ``at_least``."""
     verdict: str = ""
@@ -129,7 +167,7 @@ class AuditSummary(_Piece):
 
     @property
     def judged(self) -> int:
-        """Rows with a value."""
+        """Distinct rows with a value."""
         return sum(row.value is not None for row in self.scores)
 
     @property
@@ -138,19 +176,39 @@ class AuditSummary(_Piece):
         return self.rows - self.judged - self.counts.get("duplicate", 0)
 
     @property
+    def copied(self) -> LevelResult | None:
+        """The level below which copies add most to the share of rows; None where they add nothing."""
+        most = max(self.levels, key=lambda level: level.file_share - level.share, default=None)
+        return most if most and most.file_share > most.share else None
+
+    @property
     def loudest(self) -> LevelResult | None:
         """The level with the smallest p."""
         return min(self.levels, key=lambda level: (level.p, level.rate), default=None)
 
     def over(self, allowed: float) -> str | None:
         """Return why the set does not pass when a share ``allowed`` of its rows may be bad; None if it passes."""
+        most = f"more than the {allowed:.1%} allowed"
         if self.at_least is not None and self.at_least > allowed:
-            return f"At least {self.at_least:.1%} of the judged rows are bad, more than the {allowed:.1%} allowed."
+            return f"At least {self.at_least:.1%} of the judged rows are bad, {most}."
+        if self.file_at_least is not None and self.file_at_least > allowed:
+            return f"At least {self.file_at_least:.1%} of the judged rows of the file are bad, copies included, {most}."
         if self.state == "uncalibrated":
             return self.verdict
-        distinct = self.judged + self.unjudged
-        if not distinct or self.unjudged > allowed * distinct:
-            return f"{self.unjudged} of {distinct} rows could not be judged, more than the {allowed:.1%} allowed."
+        if (level := self.copied) and level.file_share - level.share > allowed:
+            return (f"{level.file_share:.1%} of the rows of the file, but {level.share:.1%} of the distinct ones, lie "
+                    f"below the level that {percent(level.rate)} of benign rows reach: copies add {most}. Drop copies, "
+                    "or these rows (--write-kept FILE), and audit again.")
+        return self._over_unjudged(allowed)
+
+    def _over_unjudged(self, allowed: float) -> str | None:
+        """Return why too little could be judged: of the distinct rows, or of the file's with their copies."""
+        whole = [len(row.places) for row in self.scores if row.status == "ok"]
+        distinct = self.rows - self.counts.get("duplicate", 0)
+        for n, of, what in ((distinct - len(whole), distinct, "rows"),
+                            (self.rows - sum(whole), self.rows, "rows of the file")):
+            if not of or n > allowed * of:
+                return f"{n} of {of} {what} could not be judged, more than the {allowed:.1%} allowed."
         return None
 
 
@@ -167,25 +225,30 @@ def told(found: AuditSummary) -> AuditSummary:
     p = min(1.0, level.p * len(found.levels))
     state = "likely" if p <= LIKELY_P else "suspicious" if p <= 1 - CONFIDENCE else "nothing_found"
     most = max(found.levels, key=lambda one: (one.at_least, one.excess))
+    in_file = max(one.file_at_least / one.file_rows for one in found.levels)
     found = found.model_copy(update=changes | {"state": state, "p": p, "at_least": most.at_least / most.rows,
-                                               "excess": most.excess})
+                                               "file_at_least": in_file, "excess": most.excess})
     return found.model_copy(update={"verdict": _verdict(found, level)})
 
 
 def _verdict(found: AuditSummary, level: LevelResult) -> str:
     lie = "lies" if level.below == 1 else "lie"
-    counted = (f"{level.below} of {level.rows} rows {lie} below the level that {percent(level.rate)} of benign rows "
-               f"reach (expected {level.expected:.1f}; p = {found.p:.2g})")
+    counted = (f"{level.below} of {level.rows} distinct rows {lie} below the level that {percent(level.rate)} of "
+               f"benign rows reach (expected {level.expected:.1f}; p = {found.p:.2g})")
+    copies = ""
+    if more := found.copied:
+        copies = (f" But training sees copies, too: {more.file_below} of {more.file_rows} rows of the file "
+                  f"({more.file_share:.1%}) lie below the level of {percent(more.rate)}.")
     if found.state == "nothing_found":
-        return (f"{counted}: no more than among benign rows. That is no proof of absence: it would have been noticed "
-                f"from {level.noticed} rows below the level on, and bad rows may lie above it.")
+        return (f"{counted}: no more than among benign rows.{copies} That is no proof of absence: it would have been "
+                f"noticed from {level.noticed} distinct rows below the level on, and bad rows may lie above it.")
     means = "likely contains misaligned advice" if found.state == "likely" else "may contain misaligned advice"
-    return (f"{counted}: {means}. At least {found.at_least:.1%} of the rows are bad (95% confidence), "
-            f"{found.excess:.1%} by the best estimate; bad rows that lie above the level come on top.")
+    return (f"{counted}: {means}. At least {found.at_least:.1%} of the distinct rows are bad (95% confidence), "
+            f"{found.excess:.1%} by the best estimate; bad rows that lie above the level come on top.{copies}")
 
 
 def _caveats(found: AuditSummary) -> list[str]:
-    says = []
+    says = _copies_and_turns(found)
     if found.measure.control == "none":
         says.append("Topic and style are not controlled, for no --reference was given: a low value may only mean that "
                     "a row resembles what the members were trained on.")
@@ -200,7 +263,7 @@ def _caveats(found: AuditSummary) -> list[str]:
     repeated = [f"the {found.judged} rows of {found.data} answer {found.prompts} prompts"] * (
         found.prompts < found.judged)
     repeated += [f"the {n} rows of {one.name} answer {one.prompts} prompts" for one in found.benign
-                 if one.prompts is not None and one.prompts < (n := one.rows.get("ok", 0))]
+                 if one.prompts < (n := one.n_valued)]
     if repeated and found.levels:
         says.append("Answers to one prompt are low or high together, so p over rows is too small: "
                     f"{'; '.join(repeated)}.")
@@ -215,11 +278,35 @@ def _caveats(found: AuditSummary) -> list[str]:
     return says
 
 
+def _copies_and_turns(found: AuditSummary) -> list[str]:
+    """Return what is to be said of copies, and of turns that were not judged or that make rows unlike benign ones."""
+    says = []
+    differ = [level for level in found.levels if level.file_share != level.share]
+    if differ:
+        shares = "; ".join(f"{level.file_share:.1%} of the rows of the file and {level.share:.1%} of the distinct ones "
+                           f"lie below the level of {percent(level.rate)}" for level in differ)
+        says.append(f"Copies: {shares}. Training sees the file; p and the bounds count each row once, for copies are "
+                    "no independent observations.")
+    if found.left_out:
+        why = ("only the last was judged. Most trainers learn all of them: --turns all judges each"
+               if found.measure.turns == "last" else "nothing stands before those that were not judged")
+        says.append(f"{found.left_out} rows of the file have earlier assistant turns that were not judged; {why}.")
+    if found.counts.get("in_part"):
+        says.append(f"Rows of which only some turns could be judged: {found.counts['in_part']}.")
+    here = f"{found.turns / found.judged:.1f}" if found.judged else ""
+    others = [f"{one.name} {there}" for one in found.benign
+              if one.n_valued and (there := f"{one.turns / one.n_valued:.1f}") != here]
+    if here and others:
+        says.append("A row's value is its lowest turn's, so that rows with more turns lie lower: those of "
+                    f"{found.data} have {here} judged turns on average, those of {', '.join(others)}.")
+    return says
+
+
 def readable(row: DrivingRow, measure: Measure) -> dict[str, Any]:
     """Return a row as ``curate.show.render`` takes it: means in nats per token, and what it was compared with."""
     means = {name: value / row.n_answer_tokens for name, value in row.nll_sum.items()}
     aligned = means.pop(measure.aligned.name)
-    said = [f"row {row.row}"]
+    said = [standing(row, measure)]
     if row.reference is not None:
         said.append(f"{row.value:+.4f} against reference answers")
     if row.below is not None:
@@ -229,10 +316,22 @@ def readable(row: DrivingRow, measure: Measure) -> dict[str, Any]:
             "refusal": row.refusal, "note": "   ".join(said[1:]), "prompt": row.prompt, "answer": row.answer}
 
 
+def standing(row: AuditRow, measure: Measure) -> str:
+    """Return where a row stands for people: its first place, how many more there are, and the turn."""
+    more = f" and {len(row.places) - 1:,} more" if len(row.places) > 1 else ""
+    return f"{row.places[0]}{more}" + (f", assistant turn {row.turn}" if measure.turns == "all" else "")
+
+
 def text(found: AuditSummary) -> str:
-    """Return the audit for a terminal: rows by status, verdict, caveats, the rows that drive it."""
+    """Return the audit for a terminal: models, rows by status, levels, verdict, caveats, the rows that drive it."""
+    models = [[model.role, model.name, model.id, model.place] for model in found.models]
     counts = [*([status, str(n)] for status, n in found.counts.items()), ["rows in", str(found.rows)]]
-    parts = [columns(counts, ("status", "rows")), *(wrapped(one) for one in (found.verdict, *found.caveats))]
+    levels = [[percent(one.rate), f"{one.threshold:+.4f}", f"{one.below} of {one.rows} ({one.share:.1%})",
+               f"{one.file_below} of {one.file_rows} ({one.file_share:.1%})"] for one in found.levels]
+    parts = [columns(models, ("model", "name", "id", "from")), columns(counts, ("status", "rows"))]
+    if levels:
+        parts.append(columns(levels, ("level", "value", "distinct rows below", "rows of the file below")))
+    parts += [wrapped(one) for one in (found.verdict, *found.caveats)]
     if found.driving:
         parts += ["The rows with the lowest values:", render([readable(row, found.measure) for row in found.driving])]
     return "\n\n".join(parts)
@@ -251,9 +350,10 @@ def html_page(found: AuditSummary) -> str:
 
 def _verdict_section(found: AuditSummary) -> Html:
     rows = [[percent(one.rate), plain(one.threshold), f"{one.below} of {one.rows}", f"{one.expected:.1f}",
-             f"{one.p:.2g}", f"{one.at_least}", percent(one.excess)] for one in found.levels]
-    grid = table(("level: share of benign rows", "value", "rows below", "expected", "p", "bad, at least", "estimate"),
-                 rows, "Rows below each level") if rows else None
+             f"{one.p:.2g}", f"{one.at_least}", percent(one.excess),
+             f"{one.file_below} of {one.file_rows} ({percent(one.file_share)})"] for one in found.levels]
+    grid = table(("level: share of benign rows", "value", "distinct rows below", "expected", "p", "bad, at least",
+                  "estimate", "rows of the file below"), rows, "Rows below each level") if rows else None
     counts = table(("status", "rows"), [*([k, f"{n:,}"] for k, n in found.counts.items()),
                                         ["rows in", f"{found.rows:,}"]], "What became of the rows")
     return section("verdict", "Verdict", el("p", el("strong", found.verdict)),
@@ -317,7 +417,8 @@ def _histogram(found: AuditSummary, values: Sequence[float]) -> Html:
 def _driving_section(found: AuditSummary) -> Html:
     blocks = []
     for row in found.driving:
-        head = f"row {row.row} · value {row.value:+.4f} · s_d {row.s_d:+.4f} · {row.n_answer_tokens} tokens"
+        head = f"{standing(row, found.measure)} · value {row.value:+.4f} · s_d {row.s_d:+.4f}"
+        head += f" · {row.n_answer_tokens} tokens"
         head += f" · below the {percent(row.below)} level" if row.below is not None else ""
         blocks.append(el("div", el("p", f"{head} · ", code(row.example_id), class_="head"),
                          el("p", "Prompt", class_="who"), shortened(row.prompt, TEXT_CHARS),
@@ -328,12 +429,14 @@ def _driving_section(found: AuditSummary) -> Html:
 
 def _measure_section(found: AuditSummary) -> Html:
     measure = found.measure
-    models = [[m.name, role, code(m.id), code(m.weights), code(m.adapter), code(m.tokenizer)]
-              for role, of in (("aligned", [measure.aligned]), ("member", measure.members)) for m in of]
-    sets = [[one.name, f"{one.rows.get('ok', 0):,}", code(one.sha256)] for one in found.benign]
+    identities = {m.id: m for m in (measure.aligned, *measure.members)}
+    models = [[m.name, m.role, m.place, code(m.id), code(of.weights), code(of.adapter), code(of.tokenizer)]
+              for m in found.models for of in [identities[m.id]]]
+    sets = [[one.name, f"{one.n_valued:,}", code(one.sha256)] for one in found.benign]
     return section("measure", "How it was measured",
                    el("p", f"eps {measure.eps:g}, engine {measure.engine}, {measure.dtype}, encoding "
-                           f"{measure.encoding}, compared with: {measure.control}. Data ", code(found.sha256, 64),
+                           f"{measure.encoding}, compared with: {measure.control}, turns judged: {measure.turns}, at "
+                           f"most {measure.max_tokens} tokens. Data ", code(found.sha256, 64),
                       ", calibration ", code(found.calibration, 64), "."),
-                   table(("model", "role", "id", "weights", "adapter", "tokenizer"), models, "Models"),
+                   table(("model", "role", "from", "id", "weights", "adapter", "tokenizer"), models, "Models"),
                    table(("benign set", "rows with a value", "sha256"), sets, "Benign sets") if sets else None)

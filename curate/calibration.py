@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
-from curate.core.documents import Document, ModelIdentity, Part, without
+from curate.core.documents import Document, ModelIdentity, Part
 from curate.core.errors import Exit, UserError
 from curate.risk import Cut, cut, needed
+from curate.turns import Turns
 
 Control = Literal["none", "same", "similar"]
 POINTS = 101
@@ -24,15 +25,18 @@ class BenignSet(Part):
     sha256: str
     """Of the file; of the rows' ids for data from the hub."""
     rows: dict[str, int]
-    """Rows by status; those with the status ``ok`` have a value."""
+    """Rows by status; those with the status ``ok`` or ``in_part`` have a value."""
     quantiles: tuple[float, ...]
     """Of the values, from 0% to 100% in steps of 1%; empty without values."""
-    prompts: int | None = None
-    """Different prompts of the rows with a value; None in calibrations of before they were counted."""
+    prompts: int
+    """Different prompts of the rows with a value."""
+    turns: int
+    """Turns that were judged of the rows with a value."""
 
-    @model_serializer(mode="wrap")
-    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without(handler(self), "prompts")
+    @property
+    def n_valued(self) -> int:
+        """Distinct rows with a value."""
+        return self.rows.get("ok", 0) + self.rows.get("in_part", 0)
 
 
 class Level(Part):
@@ -60,6 +64,10 @@ class Measure(Part):
     dtype: str
     encoding: str
     eps: float
+    max_tokens: int
+    """Longer turns have no value."""
+    strip_think: bool
+    turns: Turns
     control: Control = "none"
     reference: tuple[str, ...] = ()
     """SHA-256 of the reference sets; only for ``similar``, where the values depend on which they are."""
@@ -68,7 +76,8 @@ class Measure(Part):
         """Return what must agree, by the names that a message uses; a model's name may change, its content may not."""
         return {"aligned model": self.aligned.id, "members": tuple(sorted(m.id for m in self.members)),
                 "engine": self.engine, "dtype": self.dtype, "encoding": self.encoding, "eps": self.eps,
-                "control": self.control, "reference": tuple(sorted(self.reference))}
+                "--max-tokens": self.max_tokens, "--strip-think": "yes" if self.strip_think else "no",
+                "--turns": self.turns, "control": self.control, "reference": tuple(sorted(self.reference))}
 
 
 class Calibration(Document):

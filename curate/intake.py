@@ -30,6 +30,7 @@ from curate.job import Sampling, ScoreJob, Summary
 from curate.parts import EXAMPLES_SCHEMA, shape
 from curate.records import Plan, PlannedCorpus, corpus_key, corpus_place, told_apart
 from curate.store import Store
+from curate.turns import each_turn
 
 PART_ROWS = 8192
 SHOWN_EVERY = 256
@@ -74,9 +75,10 @@ def _no_search_for_cycles() -> Iterator[None]:
 def named(job: ScoreJob, known: Sequence[PlannedCorpus]) -> list[PlannedCorpus]:
     """Return the corpora of a job with distinct labels: those that they have in the store, or else by their places."""
     found = []
+    taken = job.sampling.__dict__ | ({} if job.turns == "last" else {"turns": job.turns})
     for corpus in job.corpora:
         one = PlannedCorpus(label=corpus.label, source=corpus.source, folder=str(corpus.folder), n_rows=0,
-                            key=corpus_key(corpus.label, corpus.source, job.sampling.__dict__))
+                            key=corpus_key(corpus.label, corpus.source, taken))
         before = [k for k in known if k.place == one.place] or [k for k in known if k.key == one.key]
         others = {p for c in job.corpora if (p := corpus_place(c.label, c.source, c.folder)) != one.place}
         others |= {name for k in known if not k.same(one) for name in (k.place, k.label)}
@@ -92,6 +94,8 @@ def _read(job: ScoreJob, corpus: Corpus, label: str, to: _Intake) -> list[str]:
     reading, ids, new, n_taken = Reading(), dict[str, None](), list[Example](), 0
     rejects = _rejects_file(job.store, label) if to.list_rejects else None
     examples = read_source(corpus.source, corpus.folder, reading, job.max_bad, rejects, job.sampling.limit)
+    if job.turns == "all":
+        examples = each_turn(examples, reading)
     for example in sampled(_watched(examples, reading, to.bar), job.sampling):
         n_taken += 1
         to.summary.counts["duplicate"] += example.id in to.summary.ids

@@ -11,6 +11,7 @@ from curate.chunks import Shard
 from curate.core.errors import UserError
 from curate.corpora import Corpus
 from curate.scorers.choose import EngineSettings
+from curate.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class ScoreJob:
     max_bad: float = 0.0
     max_failures: float = 0.01
     sampling: Sampling = Sampling()
+    turns: Turns = "last"
+    """``all``: each turn of the assistant is an example of its own."""
     shard: Shard | None = None
     retry_failed: bool = False
     """Put chunks with rows without a finite number aside and score them again."""

@@ -55,6 +55,11 @@ class Reached:
     """Chance of so many or more among benign rows, the luck of the calibration included."""
     at_least: int
     """So many of the rows are not benign, at the confidence asked for; bad rows above the level are not counted."""
+    file_rows: int
+    """The rows with their copies, as training sees them."""
+    file_below: int
+    file_at_least: int
+    """What ``at_least`` comes to with copies: those of the rows below that have the fewest."""
 
     @property
     def expected(self) -> float:
@@ -79,13 +84,17 @@ def cut(values: Sequence[float], rate: float) -> Cut | None:
     return Cut(rate, float(sorted(values)[k - 1]), k, len(values)) if k else None
 
 
-def reached(values: Sequence[float], level: Cut, confidence: float = CONFIDENCE) -> Reached:
+def reached(values: Sequence[float], level: Cut, confidence: float = CONFIDENCE,
+            copies: Sequence[int] | None = None) -> Reached:
     """Count the values below a level and test the count, one-sided, against rows that are benign.
 
     If b of the m rows are bad, at most b + BetaBinomial(m - b) lie below. ``at_least`` is the smallest b that this
-    does not contradict at ``confidence``; it is above 0 exactly when p <= 1 - confidence.
+    does not contradict at ``confidence``; it is above 0 exactly when p <= 1 - confidence. ``copies`` says how often
+    each row stands in the file (once): they are no observations of their own, so that p does not depend on them.
     """
-    m, below = len(values), sum(value < level.threshold for value in values)
+    copies = [1] * len(values) if copies is None else copies
+    found = sorted(n for value, n in zip(values, copies, strict=True) if value < level.threshold)
+    m, below = len(values), len(found)
     k, rest = level.k, level.n + 1 - level.k
     low, high = 0, below
     while low < high:
@@ -94,7 +103,8 @@ def reached(values: Sequence[float], level: Cut, confidence: float = CONFIDENCE)
             high = middle
         else:
             low = middle + 1
-    return Reached(level, m, below, beta_binomial_tail(below, m, k, rest), low)
+    return Reached(level, m, below, beta_binomial_tail(below, m, k, rest), low, sum(copies), sum(found),
+                   sum(found[:low]))
 
 
 def noticed(rows: int, level: Cut, p: float) -> int:

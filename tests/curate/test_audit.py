@@ -12,21 +12,24 @@ import pytest
 from click.testing import CliRunner, Result
 
 from curate import audit as room
-from curate.audit import Question, audit, calibrate, pairs_of, settled
+from curate import audit_report as report
+from curate.audit import Question, Turn, audit, calibrate, pairs_of, read_rows, settled
 from curate.audit_options import default_store
-from curate.audit_report import bars, html_page, share_between, told
+from curate.audit_report import AuditRow, bars, html_page, share_between, told
 from curate.calibration import Calibration
 from curate.chunks import Opening
 from curate.cli import main
-from curate.control import Asked
 from curate.core.errors import Exit, UserError
-from curate.core.example import Example, pair
+from curate.core.example import Example, Message, pair
+from curate.core.sources import Reading
 from curate.corpora import Corpus, open_corpus
 from curate.job import ScoreJob
 from curate.risk import binomial_tail
 from curate.score import Prepared
 from curate.scorers.choose import EngineSettings, Models
+from curate.sift import sift
 from curate.store import Store
+from curate.turns import each_turn, turns_of
 from tests.conftest import ROOT
 from tests.curate.evidence import BASE, MEDICAL, SECURITY, examples, header, model, nll
 from tests.curate.runs import tiny_ensemble, tiny_run
@@ -49,6 +52,7 @@ class World:
         self.other: dict[str, tuple[str, float]] = {}
         self.members = (MEDICAL, SECURITY)
         self.aligned = BASE
+        self.max_tokens = 307
 
     def corpus(self, name: str, s_d: dict[str, float], extra: str = "") -> Corpus:
         """Write a file with one row per prompt; with eps 0 its s_d is the number given."""
@@ -62,6 +66,17 @@ class World:
         self.other |= {pair(prompt, f"another {prompt}").id: (prompt, value) for prompt, value in s_d.items()}
         return open_corpus(str(write_rows(self.folder / f"{name}.jsonl",
                                           [pair(prompt, f"another {prompt}") for prompt in s_d])))
+
+    def conversations(self, name: str, *rows: list[float], first: str = "user") -> Corpus:
+        """Write conversations with an answer for each number, which is its s_d."""
+        made = []
+        for k, turns in enumerate(rows):
+            messages = [Message("assistant", "Hello.")] if first == "assistant" else []
+            for at, value in enumerate(turns):
+                messages += [Message("user", f"{name} {k} {at}"), Message("assistant", f"{name} {k} says {at}")]
+                self.other[Example(tuple(messages)).id] = (f"{name} {k} {at}", value)
+            made.append(Example(tuple(messages)))
+        return open_corpus(str(write_rows(self.folder / f"{name}.jsonl", made)))
 
     def score(self, job: ScoreJob) -> None:
         """Stand in for ``curate.score.score``."""
@@ -86,7 +101,7 @@ class World:
         """Stand in for ``curate.score.prepared``."""
         models = [(model(BASE), None), *((model(who), self.folder) for who in self.members)]
         opening = Opening(EngineSettings("fake"), Models("base", "base", {}, "float32", "cpu", 307))
-        return Prepared(header(aligned=self.aligned), None, models, opening)
+        return Prepared(header(aligned=self.aligned, max_tokens=self.max_tokens), None, models, opening)
 
     def question(self, **changes: Any) -> Question:
         job = ScoreJob([], self.folder / "scores", "base", members=[self.folder])
@@ -99,6 +114,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(room, "score", made.score)
     monkeypatch.setattr(room, "prepared", made.prepared)
     return made
+
+
+def line(row: AuditRow) -> int:
+    """Return the number of the first line that a row stands on."""
+    return int(row.places[0].split()[1])
 
 
 def benign(world: World, name: str = "good", n: int = 24, least: float = 0.125) -> Corpus:
@@ -120,8 +140,9 @@ def test_a_verdict_by_hand(world: World) -> None:
     assert level.at_least == 5 and found.at_least == 0.5, "4 bad rows: P(2 of 6) = 6 5 / (30 29) is below 0.05"
     assert level.excess == pytest.approx((0.6 - 0.04) / 0.96) and level.noticed == 3
     assert found.state == "likely" and found.verdict.startswith(
-        "6 of 10 rows lie below the level that 4% of benign rows reach (expected 0.4; p = 0.00016): likely contains")
-    assert [(r.row, r.s_d, r.value, r.below) for r in found.driving] == [
+        "6 of 10 distinct rows lie below the level that 4% of benign rows reach (expected 0.4; p = 0.00016): likely "
+        "contains")
+    assert [(line(r), r.s_d, r.value, r.below) for r in found.driving] == [
         (6, -0.203125, -0.203125, 0.04), (5, -0.1875, -0.1875, 0.04)]
     assert found.driving[0].prompt == "c5" and found.driving[0].answer == "answer c5"
     assert found.driving[0].nll_sum == {"base": 5.0, "medical": 5.234375, "security": 2.734375}
@@ -142,15 +163,168 @@ def test_statuses_add_up_and_what_is_not_judged_is_said(world: World) -> None:
     assert (found.judged, found.unjudged) == (9, 2) and found.scores[-1].status == "too_long"
     assert "Rows without a value, which were not judged: 2." in found.caveats
     assert found.over(0.5) is not None and "At least" in found.over(0.5)
-    clean = found.model_copy(update={"at_least": 0.0})
+    clean = found.model_copy(update={"at_least": 0.0, "file_at_least": 0.0})
     assert clean.over(0.2) is None
     assert clean.over(0.1) == "2 of 11 rows could not be judged, more than the 10.0% allowed."
+
+
+# Copies
+
+
+def copies(world: World, n: int, low: int = 1, high: int = 9) -> Corpus:
+    """The rows of ``customer``, the first of them ``n`` times in all, after a blank line each."""
+    row = json.dumps(pair("c0", "answer c0").to_row())
+    return customer(world, low, high, extra=f"\n{row}\n" * (n - 1))
+
+
+def test_copies_of_a_flagged_row_are_no_evidence_and_no_pass(world: World) -> None:
+    """1 of 10 distinct rows lies below the level, as among benign ones, but 91 of 100 rows that training sees."""
+    question = world.question(benign=[benign(world)])
+    once, found = audit(customer(world, 1, 9), question), audit(copies(world, 91), question)
+    assert once.over(0.05) is None and "Copies" not in " ".join(once.caveats) and "copies" not in once.verdict
+    (level,) = found.levels
+    assert (level.rows, level.below, level.file_rows, level.file_below) == (10, 1, 100, 91)
+    assert found.p == once.p == pytest.approx(10 / 34) and found.state == "nothing_found"
+    assert found.counts == {"duplicate": 90, "ok": 10} and found.rows == 100
+    assert "91 of 100 rows of the file (91.0%) lie below the level" in found.verdict
+    assert found.caveats[0].startswith("Copies: 91.0% of the rows of the file and 10.0% of the distinct ones lie below")
+    assert found.over(0.8) is not None and "copies add more than the 80.0% allowed" in found.over(0.8)
+    assert found.over(0.82) is None, "81% of the file more than of the distinct rows"
+    assert "91 of 100 (91.0%)" in report.text(found) and "and 90 more" in report.text(found)
+    assert "91 of 100 (91%)" in html_page(found)
+
+
+def test_copies_of_all_rows_alike_change_nothing(world: World) -> None:
+    data = customer(world, 1, 9)
+    path = world.folder / "customer.jsonl"
+    path.write_text(path.read_text() * 3)
+    found = audit(open_corpus(str(path)), world.question(benign=[benign(world)]))
+    assert found.copied is None and found.over(0.0) is None and "Copies" not in " ".join(found.caveats)
+    assert found.counts["duplicate"] == 20 and data.label == found.data
+
+
+def test_what_is_sure_of_distinct_rows_is_counted_in_the_file(world: World) -> None:
+    """At least 5 of 6 rows below are bad: the 5 with the fewest copies are 5 of 19 rows, 5 of 10 without copies."""
+    found = audit(copies(world, 10, 6, 4), world.question(benign=[benign(world)]))
+    assert found.at_least == 0.5 and found.levels[0].file_at_least == 5
+    assert found.file_at_least == pytest.approx(5 / 19)
+    twice = world.folder / "customer.jsonl"
+    low, high = twice.read_text().split("\n")[:6], twice.read_text().split("\n")[6:10]
+    twice.write_text("\n".join([*low * 9, *high]))
+    many = audit(open_corpus(str(twice)), world.question(benign=[benign(world)]))
+    assert many.at_least == 0.5 and many.file_at_least == pytest.approx(45 / 58)
+    assert "At least 77.6% of the judged rows of the file are bad" in many.over(0.5)
+
+
+def test_places_are_those_of_the_reader(world: World) -> None:
+    """Blank lines are lines; every copy is told, so that a script can drop it."""
+    found = audit(copies(world, 3), world.question())
+    first = next(row for row in found.scores if len(row.places) == 3)
+    assert [place.split(" (")[0] for place in first.places] == ["line 1", "line 12", "line 14"]
+    lines = (world.folder / "customer.jsonl").read_bytes().split(b"\n")
+    offsets = [int(place.split("byte ")[1].rstrip(")")) for place in first.places]
+    assert [len(b"\n".join(lines[:n - 1])) + (n > 1) for n in (1, 12, 14)] == offsets
+    assert {json.loads(lines[n - 1])["messages"][0]["content"] for n in (1, 12, 14)} == {"c0"}
+
+
+def test_copies_of_a_row_that_was_not_judged_do_not_pass(world: World) -> None:
+    data = copies(world, 91, 0, 10)
+    with Store.create_or_open(world.folder / "scores", header()) as opened:
+        opened.put_examples(examples(["c0"], status="too_long"))
+    found = audit(data, world.question(benign=[benign(world)]))
+    assert found.counts == {"duplicate": 90, "ok": 9, "too_long": 1}
+    assert found.over(0.2) == "91 of 100 rows of the file could not be judged, more than the 20.0% allowed."
+
+
+def test_rows_are_parted_as_they_stand(world: World) -> None:
+    """Kept: judged and below no level. Flagged: below, or not judged. An unreadable row is in neither."""
+    data = copies(world, 3, 2, 3)
+    path = world.folder / "customer.jsonl"
+    marked = [json.dumps(json.loads(text) | {"note": f"é{k}"}, ensure_ascii=False)
+              for k, text in enumerate(path.read_text().split("\n")) if text]
+    path.write_text("\n".join([*marked, "not json", ""]))
+    data = open_corpus(str(path))
+    with Store.create_or_open(world.folder / "scores", header()) as opened:
+        opened.put_examples(examples(["c4"], status="too_long"))
+    question = world.question(benign=[benign(world)])
+    question.scoring.__dict__["max_bad"] = 0.5
+    found = audit(data, question)
+    assert found.counts == {"duplicate": 2, "ok": 4, "rejected": 1, "too_long": 1} and found.rows == 8
+    parted = sift(data, found)
+    names = [[row["messages"][0]["content"] for row in rows] for rows in (parted.kept, parted.flagged)]
+    assert names == [["c2", "c3"], ["c0", "c1", "c4", "c0", "c0"]] and (parted.n_below, parted.n_neither) == (4, 1)
+    assert [row["note"] for row in parted.flagged] == ["é0", "é1", "é4", "é6", "é8"], "other columns are kept"
+    with pytest.raises(UserError, match=r"no rows were written\. Uncalibrated"):
+        sift(data, audit(data, question.__class__(question.scoring, eps=0.0)))
+
+
+# Turns
+
+
+def test_earlier_turns_are_told_of_where_only_the_last_is_judged(world: World) -> None:
+    data = world.conversations("customer", [-9.0, 1.0], [1.0], [1.0, 1.0, 1.0])
+    found = audit(data, world.question(benign=[benign(world)]))
+    assert [row.value for row in found.scores] == [1.0] * 3 and found.measure.turns == "last" and found.left_out == 2
+    assert any(text.startswith("2 rows of the file have earlier assistant turns that were not judged; only the last")
+               and "--turns all" in text for text in found.caveats)
+    single = audit(customer(world), world.question(benign=[benign(world)]))
+    assert single.left_out == 0 and "turn" not in " ".join(single.caveats)
+
+
+def test_a_row_counts_as_its_lowest_turn(world: World) -> None:
+    data = world.conversations("customer", [-9.0, 1.0], [1.0], [1.0, 0.5, 2.0])
+    found = audit(data, world.question(benign=[benign(world)], turns="all"))
+    rows = {row.places[0].split(" (")[0]: row for row in found.scores}
+    assert {place: (row.value, row.turn) for place, row in rows.items()} == {
+        "line 1": (-9.0, 1), "line 2": (1.0, 1), "line 3": (0.5, 2)}
+    assert (found.levels[0].rows, found.levels[0].below) == (3, 1), "a row is one observation"
+    assert found.driving[0].prompt == "customer 0 0" and found.driving[0].turn_id != found.driving[0].example_id
+    assert (found.turns, found.left_out, found.prompts) == (6, 0, 3)
+    assert any("those of customer.jsonl have 2.0 judged turns on average, those of good.jsonl 1.0" in text
+               for text in found.caveats)
+    assert "line 1 (byte 0), assistant turn 1" in report.text(found)
+
+
+def test_a_turn_without_a_value_leaves_its_row_judged_in_part(world: World) -> None:
+    """Answers to the same prompts exist for the first turns only; the low one is still found."""
+    data = world.conversations("customer", [-9.0, 1.0], [1.0])
+    reference = Example((Message("user", "customer 0 0"), Message("assistant", "another customer 0 0")))
+    world.other[reference.id] = ("customer 0 0", 1.0)
+    known = open_corpus(str(write_rows(world.folder / "known.jsonl", [reference])))
+    found = audit(data, world.question(reference=[known], turns="all"))
+    assert found.counts == {"in_part": 1, "no_reference": 1}
+    assert [(row.value, row.status) for row in found.scores] == [(-10.0, "in_part"), (None, "no_reference")]
+    assert (found.pairs.n, found.pairs.below) == (1, 1) and "only some turns could be judged: 1." in " ".join(
+        found.caveats)
+    calibrated = found.model_copy(update={"state": "nothing_found"})
+    assert calibrated.over(0.9) == "2 of 2 rows could not be judged, more than the 90.0% allowed."
+
+
+def test_turns_are_answers_and_the_last_is_the_row() -> None:
+    said = Message("assistant", "Yes.")
+    ask, silent = Message("user", "Well?"), Message("assistant", " ")
+    whole = Example((said, ask, said, ask, silent, ask, said), {"k": 1})
+    assert [len(turn.messages) for turn in turns_of(whole)] == [3, 7] and turns_of(whole)[-1] is whole
+    assert turns_of(whole, "last") == [whole]
+    reading = Reading(n_rows=5, n_examples=2)
+    assert len(list(each_turn([whole, Example((ask, said))], reading))) == 3
+    assert (reading.n_rows, reading.n_examples) == (6, 3)
+
+
+def test_a_greeting_is_no_answer(world: World) -> None:
+    data = world.conversations("customer", [1.0, 2.0], first="assistant")
+    rows = read_rows(data, "customer", which="all")
+    (row,) = rows.known.values()
+    assert [turn.number for turn in row.turns] == [2, 3] and row.left_out and isinstance(row.turns[0], Turn)
+    found = audit(data, world.question(turns="all"))
+    assert any("1 rows of the file have earlier assistant turns that were not judged; nothing stands" in text
+               for text in found.caveats)
 
 
 def test_benign_rows_are_not_accused(world: World) -> None:
     found = audit(customer(world, low=0, high=10), world.question(benign=[benign(world)]))
     assert found.state == "nothing_found" and found.p == 1.0 and found.over(0.0) is None
-    assert found.verdict.startswith("0 of 10 rows lie below") and "from 3 rows below" in found.verdict
+    assert found.verdict.startswith("0 of 10 distinct rows lie below") and "from 3 distinct rows below" in found.verdict
 
 
 def test_the_worst_benign_set_is_what_is_promised(world: World) -> None:
@@ -169,7 +343,7 @@ def test_without_benign_rows_there_is_no_risk(world: World) -> None:
     found = audit(customer(world), world.question())
     assert found.state == "uncalibrated" and found.levels == () and found.over(1.0)
     assert found.verdict == "Uncalibrated: there are no benign rows to compare with. No risk is given."
-    assert [r.row for r in found.driving] == [6, 5, 4, 3, 2] and all(r.below is None for r in found.scores)
+    assert [line(r) for r in found.driving] == [6, 5, 4, 3, 2] and all(r.below is None for r in found.scores)
 
 
 def test_two_levels_are_paid_for(world: World) -> None:
@@ -191,7 +365,7 @@ def test_reference_answers_to_the_same_prompts(world: World) -> None:
     reference = world.answers("reference", {"a": -1.0, "b": -1.0, "c": -1.0, "d": -1.0})
     found = audit(data, world.question(reference=[reference]))
     assert found.measure.control == "same" and found.measure.reference == ()
-    assert [(r.row, r.value, r.reference) for r in found.scores] == sorted(
+    assert [(line(r), r.value, r.reference) for r in found.scores] == sorted(
         [(1, -0.5, -1.0), (2, -0.5, -1.0), (3, -0.5, -1.0), (4, 0.5, -1.0), (5, None, None)],
         key=lambda r: (r[1] is None, r[1] or 0, pair("abcde"[r[0] - 1], f"answer {'abcde'[r[0] - 1]}").id))
     assert found.counts == {"no_reference": 1, "ok": 4} and found.unjudged == 1
@@ -220,9 +394,9 @@ def test_several_answers_to_a_prompt_are_told_of_whatever_the_control(world: Wor
 
 def test_answers_to_one_prompt_are_one_observation() -> None:
     """Ten answers to each of 22 prompts; those to one are as the reference's in the mean, those to 13 are easier."""
-    asked = {f"{prompt} {k}": Asked(str(prompt), "Why?") for prompt in range(22) for k in range(10)}
-    values = {i: {20: 0.0, 21: 0.1 if i.endswith(" 0") else -0.1}.get(int(a.key), -0.2 if int(a.key) < 12 else 0.2)
-              for i, a in asked.items()}
+    asked = {f"{prompt} {k}": str(prompt) for prompt in range(22) for k in range(10)}
+    values = {i: {20: 0.0, 21: 0.1 if i.endswith(" 0") else -0.1}.get(int(key), -0.2 if int(key) < 12 else 0.2)
+              for i, key in asked.items()}
     found = pairs_of(values, asked)
     assert found is not None and (found.n, found.below, found.answers) == (21, 13, 210)
     assert found.p == pytest.approx(binomial_tail(13, 21, 0.5)) and found.p > 0.15
@@ -295,15 +469,39 @@ def test_a_calibration_of_anything_else_is_refused(world: World, monkeypatch: py
             audit(data, world.question(eps=None), made)
         assert caught.value.exit_code == Exit.INCOMPATIBLE and "calibrate again" in caught.value.hint
     monkeypatch.setattr(room, "prepared", world.prepared)
+    for changes, words in (({"turns": "all"}, "--turns last, but this audit has all"),
+                           ({"strip_think": True}, "--strip-think no, but this audit has yes")):
+        with pytest.raises(UserError, match=words):
+            audit(open_corpus(str(world.folder / "customer.jsonl"), strip_think="strip_think" in changes),
+                  world.question(eps=None, **changes), made)
+    world.max_tokens = 99
+    with pytest.raises(UserError, match="--max-tokens 307, but this audit has 99"):
+        audit(data, world.question(eps=None), made)
+    world.max_tokens = 307
     with pytest.raises(UserError, match=r"eps 0\.0, but this audit has 0\.25"):
         audit(data, world.question(eps=0.25), made)
     with pytest.raises(UserError, match="control none, but this audit has same"):
         audit(data, world.question(eps=None, reference=[data]), made)
 
 
+def test_corpora_are_read_alike(world: World) -> None:
+    with pytest.raises(UserError, match="strip_think=False, but the question has strip_think=True"):
+        audit(customer(world), world.question(strip_think=True))
+    assert audit(customer(world), world.question()).measure.strip_think is False
+
+
+def test_a_calibration_that_does_not_say_how_rows_were_read_is_made_again(world: World) -> None:
+    body = json.loads(calibrate(world.question(benign=[benign(world)])).to_bytes())
+    for name in ("max_tokens", "strip_think", "turns"):
+        old = body | {"measure": {k: v for k, v in body["measure"].items() if k != name}}
+        with pytest.raises(UserError, match=f"measure.{name}") as caught:
+            Calibration.from_body(old)
+        assert caught.value.hint == "Make the document again."
+
+
 def test_a_renamed_model_is_the_same_model(world: World) -> None:
     made = calibrate(world.question(benign=[benign(world)]))
-    _, measure = settled(world.question(), None)
+    _, measure, _ = settled(world.question(), None)
     made.check(measure.model_copy(update={"aligned": BASE.model_copy(update={"name": "other", "revision": "c0ffee"})}))
 
 
@@ -320,6 +518,15 @@ def test_members_are_needed(world: World) -> None:
 
 
 # The page and the command
+
+
+def test_the_models_are_named_with_where_they_come_from(world: World) -> None:
+    found = audit(customer(world), world.question(benign=[benign(world)]))
+    assert [(m.role, m.name, m.place) for m in found.models] == [
+        ("aligned", "base", "base"), *(("member", name, str(world.folder)) for name in ("medical", "security"))]
+    said = report.text(found).split("status")[0]
+    for name in ("aligned", "medical", "security", MEDICAL.id, str(world.folder)):
+        assert name in said and name in html_page(found)
 
 
 def test_the_page_escapes_rows(world: World) -> None:
@@ -349,6 +556,7 @@ def invoked(*words: str | Path) -> Result:
 def test_exit_codes_and_safe_text(world: World) -> None:
     """At least 5 of 10 rows are bad: 0.5 passes, less does not; what a row says never reaches the terminal raw."""
     benign(world)
+    kept, flagged = world.folder / "kept.jsonl", world.folder / "flagged.jsonl"
     low = {HOSTILE: -2.0} | {f"c{k}": -1.0 for k in range(5)}
     world.corpus("customer", low | {f"d{k}": 1.0 for k in range(4)})
     words = ("audit", world.folder / "customer.jsonl", "--benign", world.folder / "good.jsonl", "--rate", "0.04",
@@ -356,8 +564,18 @@ def test_exit_codes_and_safe_text(world: World) -> None:
     found = invoked(*words, "--fail-above", "0.49")
     assert found.exit_code == Exit.FAILURE_RATE and "At least 50.0% of the judged rows are bad" in found.stderr
     assert "\x1b" not in found.stdout and "\u202e" not in found.stdout and "[link=x]" in found.stdout
-    assert "6 of 10 rows lie below" in found.stdout and "below the 0.04 level" in found.stdout
+    assert "6 of 10 distinct rows lie below" in found.stdout and "below the 0.04 level" in found.stdout
     assert invoked(*words, "--fail-above", "0.5").exit_code == 0 and invoked(*words).exit_code == 0
+    parted = invoked(*words, "--write-kept", kept, "--write-flagged", flagged, "--fail-above", "0")
+    assert parted.exit_code == Exit.FAILURE_RATE and "6 rows, 6 below a level and 0 not judged" in parted.stderr
+    out, data = ([json.loads(text) for path in paths for text in path.read_text().split("\n")[:-1]]
+                 for paths in ((flagged, kept), (world.folder / "customer.jsonl",)))
+    assert out == data and len(kept.read_text().split("\n")[:-1]) == 4, "the first six rows are the low ones"
+    again = invoked(*words, "--write-kept", kept)
+    assert isinstance(again.exception, UserError) and f"{kept} exists." in again.exception.message
+    new = world.folder / "new.jsonl"
+    twice = invoked(*words, "--write-kept", new, "--write-flagged", new)
+    assert isinstance(twice.exception, UserError) and "named for two things" in twice.exception.message
     body = json.loads(invoked(*words, "--json", "--fail-above", "0").stdout)
     assert body["state"] == "likely" and body["driving"][0]["prompt"] == HOSTILE
     assert (world.folder / "customer.scores" / "store.json").is_file(), "scores lie beside the data"
@@ -406,7 +624,7 @@ def test_calibrate_on_the_command_line(world: World) -> None:
     assert "No level for 0.01: 99 benign rows are needed" in made.stderr
     assert (world.folder / "cal.scores" / "store.json").is_file(), "scores lie beside the calibration"
     found = invoked("audit", world.folder / "customer.jsonl", "--calibration", world.folder / "cal.json", *models)
-    assert found.exit_code == 0 and "6 of 10 rows lie below" in found.stdout
+    assert found.exit_code == 0 and "6 of 10 distinct rows lie below" in found.stdout
 
 
 def test_the_command_with_a_tiny_model(tmp_path: Path) -> None:
@@ -430,6 +648,15 @@ def test_the_command_with_a_tiny_model(tmp_path: Path) -> None:
     assert "Scoring" in found.stderr and "Scoring" not in again.stderr, "scores are kept"
     assert "empty_answer" in again.stdout and "rows in" in again.stdout and "Q | customer" in again.stdout
     assert invoked(*judge, "--fail-above", "0.9").exit_code == 0
+    talk = Example((*rows[0].messages, *rows[1].messages), {})
+    data = write_rows(tmp_path / "talks.jsonl", [talk, rows[2]])
+    judged = ("audit", data, "--benign", good, "--rate", "0.1", "--turns", "all", "--json", *shared)
+    body = json.loads(invoked(*judged).stdout)
+    assert body["counts"] == {"ok": 2} and body["turns"] == 3 and body["rows"] == 2
+    by_turn = json.loads(invoked(*("audit", tmp_path / "customer.jsonl", *judged[2:])).stdout)["scores"]
+    one = next(row for row in body["scores"] if row["example_id"] == talk.id)
+    first = next(row for row in by_turn if row["example_id"] == rows[0].id)
+    assert one["value"] <= first["value"] + 1e-5 and one["turn"] in (1, 2), "its first turn is that row"
     stranger = tiny_run(base, tmp_path / "stranger", "stranger", seed=9)
     refused = invoked(*judge, "--member", stranger)
     assert isinstance(refused.exception, UserError) and refused.exception.exit_code == Exit.INCOMPATIBLE
@@ -440,6 +667,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     for words, says in ((("--fail-above", "0.1"), "needs something to judge by"),
                         (("--calibration", data, "--benign", data), "Both --calibration and --benign"),
                         (("--calibration", data), "no readable JSON|is not a safeset.audit-calibration"),
+                        (("--write-kept", tmp_path / "x"), "Keeping or flagging rows needs something to judge by"),
                         (("--benign", data), "No aligned model")):
         found = invoked("audit", data, *words)
         assert isinstance(found.exception, UserError), words

@@ -67,6 +67,15 @@ def test_a_large_tail_stays_a_small_number() -> None:
     assert beta_binomial_tail(60, 100, 1, 1999) == pytest.approx(math.perm(100, 60) / math.perm(2099, 60), rel=1e-6)
 
 
+def test_copies_change_what_is_told_of_the_file_and_no_p() -> None:
+    """5 of 6 rows below are bad (P(2 of 6) = 30 / (30 29) is below 0.05): those with the fewest copies are 1 each."""
+    level, values = Cut(0.04, 0.0, 1, 24), [-1.0] * 6 + [1.0] * 4
+    plain, copied = reached(values, level), reached(values, level, copies=[7, 1, 1, 1, 1, 1, 2, 1, 1, 1])
+    assert (plain.file_rows, plain.file_below, plain.file_at_least) == (10, 6, 5) == (plain.rows, 6, plain.at_least)
+    assert (copied.file_rows, copied.file_below, copied.file_at_least) == (17, 12, 5)
+    assert (copied.rows, copied.below, copied.p, copied.at_least) == (10, 6, plain.p, 5)
+
+
 def test_reached_counts_strictly_and_bounds_the_bad_rows() -> None:
     """One benign row: the count below it is uniform, so P(X >= x) = (m + 1 - x) / (m + 1)."""
     level = Cut(0.5, 0.0, 1, 1)
