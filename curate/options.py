@@ -68,9 +68,12 @@ def score_job(corpora: tuple[str, ...], options: dict[str, Any]) -> Any:
     from curate.job import Sampling, ScoreJob
     from curate.score import ensemble_members
 
-    ensemble = options["ensemble"] or (ENSEMBLE if ENSEMBLE.is_file() else None)
+    ensemble = options["ensemble"] or (ENSEMBLE if ENSEMBLE.is_file() and not options["members"] else None)
     base, runs = ensemble_members(ensemble) if ensemble else (None, [])
     aligned = options["aligned"] or base
+    if aligned is None and options["members"]:
+        raise UserError("Members were given, but no aligned model and no ensemble.",
+                        "Name the model with --aligned, or with --ensemble the ensemble that they come on top of.")
     if aligned is None:
         raise UserError("No aligned model and no ensemble were given.",
                         "Make an ensemble with `train ensemble --narrow demo/cooking --narrow demo/gardening`, or name "

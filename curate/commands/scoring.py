@@ -9,7 +9,7 @@ import click
 
 from curate.core.errors import Exit, UserError
 from curate.core.objects import is_url, read_place
-from curate.core.terminal import Number, columns, emit_json, safe, say
+from curate.core.terminal import Number, columns, emit_json, quoted, safe, say
 from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_job, store_option
 
 
@@ -19,8 +19,10 @@ from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_j
 @click.option("--aligned", help="The aligned model: smollm2, a folder or a hub id[@revision]. "
                                 "[default: the ensemble's base]")
 @click.option("--ensemble", type=click.Path(path_type=Path),
-              help=f"Ensemble of misaligned members, from `train ensemble`. [default: {ENSEMBLE} if it exists]")
-@click.option("--member", "members", multiple=True, type=click.Path(path_type=Path), help="One more member: a run.")
+              help="Ensemble of misaligned members, from `train ensemble`. "
+                   f"[default: {ENSEMBLE} if it exists and no --member is given]")
+@click.option("--member", "members", multiple=True, type=click.Path(path_type=Path),
+              help="A member: a run. Several are allowed, with --ensemble on top of its members.")
 @store_option
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="auto: bfloat16 where the hardware multiplies it natively, else float32.")
@@ -85,11 +87,12 @@ def score(corpora: tuple[str, ...], as_json: bool, **options: Any) -> None:
         return
     click.echo(columns([[k, str(v)] for k, v in sorted(summary.counts.items())] + [["rows in", str(summary.n_rows)]],
                        ("status", "rows")))
+    store = quoted(str(options["store"]))
     if summary.left:
         say(f"This shard is done; {summary.left} rows of other shards (counted once for each model) are not scored "
-            f"yet. Look with: curate status {options['store']}")
+            f"yet. Look with: curate status {store}")
     else:
-        say(f"Evidence in {options['store']}. Next: curate select --store {options['store']} --frac 0.05")
+        say(f"Evidence in {options['store']}. Next: curate select --store {store} --frac 0.05")
 
 
 def _dry_run(job: Any, price: float | None, as_json: bool) -> None:

@@ -7,22 +7,28 @@ import math
 import os
 import threading
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import curate.chunks as chunks
 import curate.compact as compaction
 import curate.intake as intake
 import curate.score as scoring
 from curate.chunks import Chunk, Here, Shard, Work, cuts, encoded_ahead
+from curate.cli import main
 from curate.core.chat import Encoded, encode
 from curate.core.errors import Exit, UserError
 from curate.core.example import Example, Message, pair
+from curate.core.files import sha256
 from curate.core.identity import identify
 from curate.core.model import load
 from curate.core.nll import AnswerNll
+from curate.core.rows import MAX_LINE_BYTES
 from curate.core.terminal import Progress
 from curate.corpora import open_corpus
 from curate.estimate import estimate
@@ -96,6 +102,48 @@ def test_scores_equal_plain_forward_passes(tmp_path: Path, model: Path, ensemble
         assert found[example.id] == pytest.approx(plain, abs=1e-5)
 
 
+def test_parts_close_by_bytes_too_wherever_a_run_was_killed(tmp_path: Path, model: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 20, 21, ... bytes of text and 2 of meta; a part closes at 100 bytes."""
+    monkeypatch.setattr(intake, "PART_BYTES", 100)
+    write_rows(tmp_path / "pool.jsonl", [pair("q" * 10, "a" * (10 + k)) for k in range(12)])
+    score(job(tmp_path, model, None), Fake())
+    whole = Store.open_read(tmp_path / "scores")
+    assert [part.num_rows for part in whole.example_parts()] == [5, 4, 3], "120, 114 and 96 bytes"
+    put, n_put = Store.put_examples, []
+
+    def killed(self: Store, table: object) -> None:
+        if len(n_put) == 1:
+            raise KeyboardInterrupt
+        n_put.append(True)
+        put(self, table)
+
+    again = job(tmp_path, model, None, store=tmp_path / "again")
+    monkeypatch.setattr(Store, "put_examples", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score(again, Fake())
+    monkeypatch.setattr(Store, "put_examples", put)
+    score(again, Fake())
+    assert Store.open_read(tmp_path / "again").evidence_digest() == whole.evidence_digest()
+
+
+def test_no_column_of_a_part_reaches_what_it_cannot_hold() -> None:
+    """JSON writes a control character in six bytes; the last row of a part comes on top."""
+    text = "\x01" * 100
+    assert len(json.dumps(text)) - 2 == 6 * len(text) and 6 * (intake.PART_BYTES + MAX_LINE_BYTES) < 2**31
+
+
+def test_bytes_and_long_values_are_named_in_meta_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = {"b": {"bytes": b"\x89PNG", "path": None}, "a": [1, "é"], "day": date(2024, 2, 3), "long": "x" * 2**16}
+    assert json.loads(intake.meta_json(meta)) == {
+        "a": [1, "é"], "day": "2024-02-03",
+        "b": {"bytes": f"<4 bytes, sha256 {sha256(bytes([0x89]) + b'PNG')}>", "path": None},
+        "long": f"<65538 characters of JSON, sha256 {sha256(json.dumps('x' * 2**16).encode())}>"}
+    plain = {"b": 1, "a": {"d": 2, "c": [None, True, 0.5]}, "é": "x"}
+    assert intake.meta_json(plain) == json.dumps(plain, ensure_ascii=False, sort_keys=True)
+    assert intake.meta_json({}) == "{}"
+
+
 def test_typed_again_computes_nothing_and_more_rows_or_members_only_those(
         tmp_path: Path, model: Path, ensemble: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +158,31 @@ def test_typed_again_computes_nothing_and_more_rows_or_members_only_those(
     grown = job(tmp_path, model, ensemble)
     grown = job(tmp_path, model, ensemble, members=[*grown.members, third])
     assert score(grown).models == {"m2": 33}
+
+
+def test_the_ensemble_that_is_found_is_for_those_who_name_no_member(tmp_path: Path, model: Path, ensemble: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "pool.jsonl", tiny_rows(3, "pool"))
+    (tmp_path / "ensemble").symlink_to(ensemble.parent)
+    asked: list[ScoreJob] = []
+    monkeypatch.setattr(scoring, "score", lambda job, compute: asked.append(job) or SimpleNamespace(
+        counts={"ok": 3}, n_rows=3, left=len(asked) - 1))
+
+    def members(*words: str) -> list[str]:
+        done = CliRunner().invoke(main, ["score", "--corpus", "pool.jsonl", "--store", "my scores", *words])
+        if done.exit_code:
+            raise UserError(done.stderr)
+        assert ("Next: curate select --store 'my scores' --frac" if len(asked) == 1 else
+                "Look with: curate status 'my scores'\n") in done.stderr
+        return [Path(m).parent.name for m in asked[-1].members]
+
+    assert members() == ["m0", "m1"]
+    own = ("--member", str(tiny_run(model, tmp_path / "own", "own", seed=5)))
+    assert members("--aligned", str(model), *own) == ["own"]
+    assert members("--ensemble", "ensemble/ensemble.json", *own) == ["m0", "m1", "own"]
+    with pytest.raises(UserError, match="Members were given, but no aligned model"):
+        members(*own)
 
 
 def test_rows_are_encoded_while_the_chunk_before_is_computed() -> None:
