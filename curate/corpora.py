@@ -134,7 +134,9 @@ def _of_folder(path: Path) -> str:
         code = f"import datasets; datasets.load_from_disk({json.dumps(str(path))}){split}.to_parquet({made})"
         return f"It is of datasets' save_to_disk; make a file of it: python -c {quoted(code)}"
     files = sorted(p.name for p in path.iterdir() if p.suffix in FORMATS)
-    return f"For example --corpus {path / files[0]}." if files else f"It holds none of {', '.join(FORMATS)}."
+    if not files:
+        return f"It holds none of {', '.join(FORMATS)}."
+    return f"For example --corpus {quoted(str(path / files[0]))}"
 
 
 def _no_file(path: Path) -> UserError:

@@ -22,6 +22,7 @@ from curate.core.documents import Method, MixManifest
 from curate.core.errors import Exit, UserError, unknown
 from curate.core.files import file_sha256, relative_to_root
 from curate.core.sources import Source, read_source
+from curate.core.terminal import quoted
 from curate.query import connect
 from curate.records import PlannedCorpus
 from curate.store import Store
@@ -218,7 +219,7 @@ def check_unchanged(corpus: PlannedCorpus) -> None:
     path = Path(corpus.folder) / corpus.source.name
     if path.is_file() and file_sha256(path) != corpus.source.sha256:
         raise UserError(f"{path} has changed since it was scored, so no mix could be made of it.",
-                        f"Score it again, which computes only what is new: curate score --corpus {path}",
+                        f"Score it again, which computes only what is new: curate score --corpus {quoted(str(path))}",
                         Exit.INTEGRITY)
 
 

@@ -9,7 +9,7 @@ import click
 
 from curate.core.errors import UserError
 from curate.core.objects import read_place
-from curate.core.terminal import Number, columns, emit_json, say
+from curate.core.terminal import Number, columns, emit_json, quoted, say
 from curate.options import STORE, eps_option, json_option, members_option, store_option
 
 
@@ -78,9 +78,9 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
     if selection.ids:
         click.echo(f"Answer tokens of the safe rows: {selection.tokens:,}; as many rows drawn at random would have "
                    f"{selection.tokens_by_chance:,.0f} on average.")
-    rooted = "" if root.resolve() == out.parent.resolve() else f" --root {root}"
+    rooted = "" if root.resolve() == out.parent.resolve() else f" --root {quoted(str(root))}"
     based = "" if manifest.aligned is not None and ref_of(manifest.aligned) else " --base MODEL"
-    say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {out}{rooted}{based}")
+    say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {quoted(str(out))}{rooted}{based}")
 
 
 @click.command()

@@ -138,6 +138,9 @@ def test_the_dose_is_told_and_what_chance_would_give(tmp_path: Path) -> None:
     assert (mix.method.tokens, mix.method.n, mix.method.frac) == (32, 3, None)
     result = CliRunner().invoke(main, [*words, "--n", "3"])
     assert f"Next: train run --mix {tmp_path / 'm'} --base MODEL" in result.stderr, "the aligned model is of a folder"
+    (tmp_path / "a b").mkdir()
+    spaced = CliRunner().invoke(main, [*words[:-1], str(tmp_path / "a b" / "m"), "--n", "3", "--root", str(tmp_path)])
+    assert f"Next: train run --mix '{tmp_path}/a b/m' --root {tmp_path} --base MODEL" in spaced.stderr
     told = result.stdout
     assert "Answer tokens of the safe rows: 30; as many rows drawn at random would have 68 on average." in told
     assert '"tokens"' not in (tmp_path / "m").read_text(), "manifests of before the option keep their digest"
