@@ -1,6 +1,7 @@
 """Reading corpora into a store: what is new is stored, who belongs to which corpus is noted, every row is counted.
 
-Examples are stored in parts of ``PART_ROWS``, in the order in which they come.
+Examples are stored in parts of ``PART_ROWS`` or about ``PART_BYTES`` of text, whichever is reached first, in the order
+in which they come.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import heapq
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -33,6 +35,10 @@ from curate.store import Store
 from curate.turns import each_turn
 
 PART_ROWS = 8192
+PART_BYTES = 2**28
+"""Of prompts and answers in UTF-8, and of meta; a column of a part must stay below 2 GiB even where JSON escapes it."""
+META_CHARS = 2**16
+"""A column beside the conversation is kept in ``meta`` if its JSON has no more characters than this."""
 SHOWN_EVERY = 256
 """Rows between two signs of life while a corpus is read."""
 
@@ -91,7 +97,7 @@ def named(job: ScoreJob, known: Sequence[PlannedCorpus]) -> list[PlannedCorpus]:
 
 def _read(job: ScoreJob, corpus: Corpus, label: str, to: _Intake) -> list[str]:
     """Store the new examples of a corpus and return the ids of all, once each; ``UserError`` when it has none."""
-    reading, ids, new, n_taken = Reading(), dict[str, None](), list[Example](), 0
+    reading, ids, new, n_bytes, n_taken = Reading(), dict[str, None](), list[_New](), 0, 0
     rejects = _rejects_file(job.store, label) if to.list_rejects else None
     examples = read_source(corpus.source, corpus.folder, reading, job.max_bad, rejects, job.sampling.limit)
     if job.turns == "all":
@@ -101,11 +107,12 @@ def _read(job: ScoreJob, corpus: Corpus, label: str, to: _Intake) -> list[str]:
         to.summary.counts["duplicate"] += example.id in to.summary.ids
         to.summary.ids.add(example.id)
         if example.id not in ids and not to.store.holds(example.id):
-            new.append(example)
+            new.append(_New.of(example))
+            n_bytes += new[-1].n_bytes
         ids[example.id] = None
-        if len(new) == PART_ROWS:
+        if len(new) == PART_ROWS or n_bytes >= PART_BYTES:
             to.store.put_examples(_table(new, label, to.tokenizer, job.max_tokens))
-            new = []
+            new, n_bytes = [], 0
     if not reading.n_examples:
         raise UserError(f"{label} holds no row to score: of {reading.n_rows} rows read, "
                         f"{sum(reading.filtered.values())} were filtered out and {len(reading.rejects)} rejected.",
@@ -185,13 +192,56 @@ def sampled(examples: Iterator[Example], sampling: Sampling) -> Iterator[Example
     yield from heapq.nsmallest(sampling.sample, examples, key=rank)
 
 
-def _table(examples: Sequence[Example], corpus: str, tokenizer: object, max_tokens: int) -> pa.Table:
+@dataclass(frozen=True)
+class _New:
+    """An example that is not stored yet, its ``meta`` as it will be, and how much text that is."""
+
+    example: Example
+    meta: str
+    n_bytes: int
+
+    @classmethod
+    def of(cls, example: Example) -> Self:
+        """Measure an example."""
+        meta = meta_json(example.meta)
+        return cls(example, meta, len(meta.encode()) + sum(len(m.content.encode()) for m in example.messages))
+
+
+def meta_json(meta: Mapping[str, Any]) -> str:
+    """Return the columns beside a conversation as JSON.
+
+    Bytes become ``<N bytes, sha256 HEX>``, and a value of more than ``META_CHARS`` ``<N characters of JSON, sha256
+    HEX>``: pictures and the like stay in the corpus, and can be told apart here. Other values without JSON are written
+    as ``str`` does.
+    """
+    texts = {str(key): _short(_json(value)) for key, value in meta.items()}
+    return "{" + ", ".join(f"{_json(key)}: {texts[key]}" for key in sorted(texts)) + "}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=_without_bytes)
+
+
+def _without_bytes(value: Any) -> str:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(bytes(value))} bytes, sha256 {sha256(bytes(value))}>"
+    return str(value)
+
+
+def _short(text: str) -> str:
+    if len(text) <= META_CHARS:
+        return text
+    return json.dumps(f"<{len(text)} characters of JSON, sha256 {sha256(text.encode())}>")
+
+
+def _table(new: Sequence[_New], corpus: str, tokenizer: object, max_tokens: int) -> pa.Table:
+    examples = [one.example for one in new]
     encoded = encode(tokenizer, examples, max_tokens, strict=False)
     columns = {
         "example_id": [e.id for e in examples], "corpus": [corpus] * len(examples),
         "prompt": [e.prompt for e in examples], "answer": [e.answer for e in examples],
         "messages": [json.dumps(e.to_row()["messages"], ensure_ascii=False) for e in examples],
-        "meta": [json.dumps(dict(e.meta), ensure_ascii=False, sort_keys=True, default=str) for e in examples],
+        "meta": [one.meta for one in new],
         "n_prompt_tokens": [e.n_prompt_tokens for e in encoded],
         "n_answer_tokens": [e.n_answer_tokens for e in encoded], "status": [e.status for e in encoded]}
     return pa.table(columns, schema=EXAMPLES_SCHEMA)

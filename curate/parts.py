@@ -20,7 +20,8 @@ EXAMPLES_SCHEMA = pa.schema([
     pa.field("messages", pa.string(), nullable=False), pa.field("meta", pa.string(), nullable=False),
     pa.field("n_prompt_tokens", pa.int32(), nullable=False), pa.field("n_answer_tokens", pa.int32(), nullable=False),
     pa.field("status", pa.string(), nullable=False)])
-"""``messages`` and ``meta`` are JSON; ``status`` is ok, too_long, empty_answer or unrenderable."""
+"""``messages`` and ``meta`` (see ``intake.meta_json``) are JSON; ``status`` is ok, too_long, empty_answer or
+unrenderable. A part holds less than 2 GiB in each column, which is what a column of these types can hold."""
 
 NLL_SCHEMA = pa.schema([
     pa.field("example_id", pa.string(), nullable=False), pa.field("model_id", pa.string(), nullable=False),
