@@ -194,13 +194,16 @@ def read_distinct(source: Source, root: Path) -> tuple[dict[str, str], int]:
 
 
 def planned_corpus(store: Store, label: str | None) -> PlannedCorpus:
-    """Return the corpus to select from: the one with this label, or whose path ends so; without a label the only one.
+    """Return the corpus to select from: the one with this label, whose path ends so, or whose content this file has.
+
+    Without a label it is the only one.
 
     ``UserError`` where none fits, or several that differ.
     """
     corpora = store.plan.corpora
     found = [c for c in corpora if label in (None, c.label)] or [c for c in corpora
                                                                  if f"/{c.place}".endswith(f"/{label}")]
+    found = found or [c for c in corpora if is_file_of(c, label)]
     if not found and label is not None:
         raise unknown("corpus in this store", label, [c.label for c in corpora])
     if not found:
@@ -212,15 +215,35 @@ def planned_corpus(store: Store, label: str | None) -> PlannedCorpus:
     return found[-1]
 
 
-def check_unchanged(corpus: PlannedCorpus) -> None:
-    """Refuse a corpus whose file is another than the one that was scored; where it is not here, nothing is known."""
+def is_file_of(corpus: PlannedCorpus, name: str | None) -> bool:
+    """Return whether ``name`` is a file that holds, byte for byte, what was scored as this corpus."""
+    if name is None or corpus.source.kind != "file" or Path(name).suffix != Path(corpus.source.name).suffix:
+        return False
+    return Path(name).is_file() and file_sha256(Path(name)) == corpus.source.sha256
+
+
+def found_again(corpus: PlannedCorpus, name: str | None, store: Path | str) -> PlannedCorpus:
+    """Return a corpus with its file where it is now: at ``name`` if that has its content, or where it was scored.
+
+    ``UserError`` (integrity) where the file is gone or is another: a mix that names it could not be read by anyone.
+    """
     if corpus.source.kind != "file":
-        return
+        return corpus
+    if name is not None and is_file_of(corpus, name):
+        path = Path(name).resolve()
+        return corpus.model_copy(update={"folder": str(path.parent),
+                                         "source": corpus.source.model_copy(update={"name": path.name})})
     path = Path(corpus.folder) / corpus.source.name
-    if path.is_file() and file_sha256(path) != corpus.source.sha256:
+    if not path.is_file():
+        raise UserError(f"{path}, which was scored, is not there any more, so no mix could be made of it.",
+                        "Say where it is now with --corpus NEWPATH: it is known by its content. The store learns it, "
+                        f"computing nothing, with: curate score --corpus NEWPATH --store {quoted(str(store))}",
+                        Exit.INTEGRITY)
+    if file_sha256(path) != corpus.source.sha256:
         raise UserError(f"{path} has changed since it was scored, so no mix could be made of it.",
                         f"Score it again, which computes only what is new: curate score --corpus {quoted(str(path))}",
                         Exit.INTEGRITY)
+    return corpus
 
 
 def rerooted(corpus: PlannedCorpus, root: Path) -> Source:
@@ -245,7 +268,7 @@ def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: So
     else:
         assert store is not None
         planned = planned_corpus(store, corpus)
-        check_unchanged(planned)
+        planned = found_again(planned, corpus, store.path)
         selection = select(connect(store, choice.eps, choice.members), choice, planned.key, tuned)
         sources["safe"] = rerooted(planned, root)
         models = [m for m in store.models() if m.role == "aligned" or m.name in (choice.members or [m.name])]

@@ -437,14 +437,14 @@ def test_a_corpus_scored_again_from_another_place_is_named_there_and_computes_no
     score(job(tmp_path, model, None))
     before = Store.open_read(tmp_path / "scores").evidence_digest()
     (tmp_path / "elsewhere").mkdir()
-    path = (tmp_path / "pool.jsonl").rename(tmp_path / "elsewhere" / "rows.jsonl")
+    path = (tmp_path / "pool.jsonl").rename(tmp_path / "elsewhere" / "pool.jsonl")
     asked = {"choice": Choice("interleaving", n=2, min_answer_tokens=1), "root": tmp_path}
     with pytest.raises(UserError, match="is not there any more"):
         build_manifest(Store.open_read(tmp_path / "scores"), **asked)
     assert score(job(tmp_path, model, None, corpora=[open_corpus(str(path))])).models == {}
     store = Store.open_read(tmp_path / "scores")
     assert len(store.plan.corpora) == 1 and store.evidence_digest() == before
-    assert build_manifest(store, **asked)[0].sources["safe"].name == "elsewhere/rows.jsonl"
+    assert build_manifest(store, **asked)[0].sources["safe"].name == "elsewhere/pool.jsonl"
 
 
 def test_corpora_that_come_later_leave_earlier_ones_and_their_failures_alone(tmp_path: Path, model: Path) -> None:

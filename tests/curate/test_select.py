@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -15,7 +16,7 @@ from curate.core.documents import MixManifest
 from curate.core.errors import UserError
 from curate.core.example import Example, Message
 from curate.core.files import sha256
-from curate.core.sources import builtin, file_source
+from curate.core.sources import builtin, file_source, named_rows
 from curate.query import connect
 from curate.records import Plan, PlannedCorpus
 from curate.select import Choice, _text_digest, build_manifest, placed, planned_corpus, select, wanted
@@ -190,23 +191,48 @@ def test_a_backslash_of_the_text_is_no_white_space(one: str, other: str, same: b
     assert (digests[0] == digests[1]) == same
 
 
-def test_a_corpus_that_has_changed_is_scored_again_first(tmp_path: Path) -> None:
-    path = tmp_path / "pool.jsonl"
+def one_row_store(folder: Path) -> Path:
+    """Score one row of ``folder/pool.jsonl`` into ``folder/store`` and return the file."""
+    path = folder / "pool.jsonl"
     path.write_text(json.dumps({"prompt": "a", "response": "answer a"}) + "\n")
-    source = file_source(path, tmp_path)
-    with Store.create_or_open(tmp_path / "store", header()) as made:
+    planned = PlannedCorpus(label="pool.jsonl", source=file_source(path, folder), folder=str(folder), key=KEY, n_rows=1)
+    with Store.create_or_open(folder / "store", header()) as made:
         made.put_examples(examples("a"))
         made.put_membership(KEY, example_ids("a"))
-        planned = PlannedCorpus(label="pool.jsonl", source=source, folder=str(tmp_path), key=KEY, n_rows=1)
         made.put_plan(Plan(corpora=(planned,), n_rows=1, counts={"ok": 1}))
+    return path
+
+
+def test_a_corpus_that_has_changed_is_scored_again_first(tmp_path: Path) -> None:
+    path = one_row_store(tmp_path)
     asked = (Store.open_read(tmp_path / "store"), Choice("interleaving", n=1, min_answer_tokens=1), tmp_path)
     assert build_manifest(*asked)[0].counts["selected"] == 1
     path.write_text(path.read_text() + "\n")
     with pytest.raises(UserError, match=r"pool\.jsonl has changed since it was scored") as caught:
         build_manifest(*asked)
     assert f"curate score --corpus {path}" in caught.value.hint
-    path.unlink()
-    assert build_manifest(*asked)[0].counts["selected"] == 1, "where the file is, will be checked there"
+
+
+def test_a_corpus_that_was_moved_is_known_by_its_content(tmp_path: Path) -> None:
+    """A manifest that names a file which is not there could be used by nobody."""
+    (tmp_path / "old").mkdir()
+    one_row_store(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    asked = (Store.open_read(tmp_path / "new" / "store"), Choice("interleaving", n=1, min_answer_tokens=1))
+    for name in (None, "pool.jsonl"):
+        with pytest.raises(UserError, match=r"old/pool\.jsonl, which was scored, is not there any more") as caught:
+            build_manifest(*asked, tmp_path, corpus=name)
+        assert f"curate score --corpus NEWPATH --store {tmp_path}/new/store" in caught.value.hint
+        assert "with --corpus NEWPATH" in caught.value.hint and caught.value.exit_code == 4
+    moved = [tmp_path / "pool.jsonl", tmp_path / "new" / "renamed.jsonl"]
+    for path in moved:
+        shutil.copy(tmp_path / "new" / "pool.jsonl", path)
+        mix, _ = build_manifest(*asked, tmp_path, corpus=str(path))
+        assert mix.sources["safe"].name == str(path.relative_to(tmp_path))
+        assert list(named_rows(mix.sources["safe"], tmp_path, mix.ids("safe"))) == list(example_ids("a"))
+    moved[0].write_text("{}")
+    with pytest.raises(UserError, match="Unknown corpus in this store"):
+        build_manifest(*asked, tmp_path, corpus=str(moved[0]))
 
 
 def test_ties_break_by_id(store: Store, tmp_path: Path) -> None:
