@@ -21,7 +21,7 @@ import duckdb
 from curate.core.documents import Method, MixManifest
 from curate.core.errors import Exit, UserError, unknown
 from curate.core.files import file_sha256, relative_to_root
-from curate.core.sources import Source, read_source
+from curate.core.sources import Reading, Source, read_source
 from curate.core.terminal import quoted
 from curate.query import connect
 from curate.records import PlannedCorpus
@@ -49,6 +49,8 @@ class Choice:
     members: tuple[str, ...] | None = None
     min_answer_tokens: int = 16
     placement: str = "even"
+    max_bad: float | None = None
+    """Share of the fine-tuning set's rows that may be unreadable; None is 0 where the user cannot ask for more."""
 
 
 @dataclass(frozen=True)
@@ -182,15 +184,19 @@ def placed(finetune: Sequence[str], safe: Sequence[str], seed: int, placement: s
     return [spots[k] if k in spots else next(rest) for k in range(total)]
 
 
-def read_distinct(source: Source, root: Path) -> tuple[dict[str, str], int]:
-    """Return the messages of a source's distinct examples by id, as JSON, and how many duplicates were left out."""
-    found, duplicates = dict[str, str](), 0
-    for example in read_source(source, root):
-        if example.id in found:
-            duplicates += 1
-        else:
+def read_distinct(source: Source, root: Path, max_bad: float | None = None,
+                  rejects: Path | None = None) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the messages of a fine-tuning set's distinct examples by id, as JSON, and rows by what became of them.
+
+    See ``read_source`` for ``max_bad`` and ``rejects``; what nothing was left out for is not counted, duplicates are.
+    """
+    reading, found = Reading(), dict[str, str]()
+    for example in read_source(source, root, reading, max_bad, rejects):
+        if example.id not in found:
             found[example.id] = json.dumps(example.to_row()["messages"], ensure_ascii=False)
-    return found, duplicates
+    counts = {"finetune": len(found), "finetune_duplicates": reading.n_examples - len(found)}
+    left_out = {"finetune_rejected": len(reading.rejects), "finetune_filtered": sum(reading.filtered.values())}
+    return found, counts | {name: n for name, n in left_out.items() if n}
 
 
 def planned_corpus(store: Store, label: str | None) -> PlannedCorpus:
@@ -254,12 +260,13 @@ def rerooted(corpus: PlannedCorpus, root: Path) -> Source:
 
 
 def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: Source | None = None,
-                   corpus: str | None = None) -> tuple[MixManifest, Selection]:
+                   corpus: str | None = None, rejects: Path | None = None) -> tuple[MixManifest, Selection]:
     """Select from ``store`` and return the manifest with what was counted.
 
-    The store may be None for the strategy ``none``, which needs a fine-tuning set and no scores.
+    The store may be None for the strategy ``none``, which needs a fine-tuning set and no scores. Bad rows of that set,
+    as far as the choice allows them, are listed in ``rejects``.
     """
-    tuned, duplicates = read_distinct(finetune, root) if finetune else ({}, 0)
+    tuned, tuned_counts = read_distinct(finetune, root, choice.max_bad, rejects) if finetune else ({}, {})
     sources = {"finetune": finetune} if finetune else {}
     if choice.strategy == "none":
         if not finetune:
@@ -275,7 +282,6 @@ def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: So
         header = store.header
         scoring = {"engine": header.engine, "dtype": header.dtype, "encoding": header.encoding,
                    "max_tokens": str(header.max_tokens), "evidence": store.evidence_digest()}
-    counts = dict(selection.counts) | ({"finetune": len(tuned), "finetune_duplicates": duplicates} if finetune else {})
     frac_of = None if choice.frac is None else "finetune" if finetune else "corpus"
     manifest = MixManifest(
         sources=sources, order=tuple(placed(list(tuned), selection.ids, choice.seed, choice.placement)),
@@ -284,5 +290,5 @@ def build_manifest(store: Store | None, choice: Choice, root: Path, finetune: So
                       min_answer_tokens=choice.min_answer_tokens, placement=choice.placement),
         aligned=next((m.identity for m in models if m.role == "aligned"), None),
         members=tuple(sorted((m.identity for m in models if m.role == "member"), key=lambda i: i.name)),
-        scoring=scoring, counts=counts, safeset=version("safeset"))
+        scoring=scoring, counts=selection.counts | tuned_counts, safeset=version("safeset"))
     return manifest, selection

@@ -209,7 +209,7 @@ def read_examples(name: str) -> list[Example]:
     root = RunCard.read(card).mix_root if path.name == "mix.json" and card.is_file() else None
     wanted = set(mix.ids("finetune"))
     try:
-        rows = list(read_source(mix.sources["finetune"], path.parent / (root or "")))
+        rows = list(read_source(mix.sources["finetune"], path.parent / (root or ""), max_bad=1.0))
     except UserError as err:
         raise UserError(f"The fine-tuning rows of {path} cannot be read: {err.message}",
                         "Give the rows themselves with --context-from FILE.", err.exit_code) from None

@@ -23,7 +23,8 @@ from curate.options import STORE, eps_option, json_option, members_option, store
 @click.option("--strategy", type=click.Choice(["none", "interleaving", "interleaving+", "interleaving++"]),
               default="interleaving++", show_default=True,
               help="none: the fine-tuning set alone; random; top by s_d; top by s_d without refusals.")
-@click.option("--corpus", metavar="NAME|PATH", help="Which corpus of the store, where there are several.")
+@click.option("--corpus", metavar="NAME|PATH", help="Which corpus of the store, where there are several; or where "
+              "its file is now, if it was moved.")
 @eps_option
 @members_option
 @click.option("--min-answer-tokens", type=click.IntRange(min=1), default=16, show_default=True,
@@ -33,6 +34,8 @@ from curate.options import STORE, eps_option, json_option, members_option, store
 @click.option("--seed", default=0, show_default=True, help="Decides the random strategy and the order.")
 @click.option("--map", "mapping", multiple=True, metavar="FIELD=COLUMN", help="Columns of the fine-tuning set.")
 @click.option("--strip-think", is_flag=True, help="Clean the fine-tuning set of empty <think> blocks and /no_think.")
+@click.option("--max-bad", type=Number(0, 1), default=0.0, show_default=True,
+              help="Share of unreadable rows of the fine-tuning set to put aside instead of stopping.")
 @click.option("--root", type=click.Path(path_type=Path, file_okay=False, exists=True),
               help="Folder that paths in the manifest are relative to. [default: the manifest's own]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("manifest.json"), show_default=True,
@@ -62,10 +65,12 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
         found = open_corpus(finetune, parse_mapping(options["mapping"]), options["strip_think"])
         tuned = rerooted(PlannedCorpus(label=found.label, source=found.source, folder=str(found.folder), key="",
                                        n_rows=0), root)
-    names = ("strategy", "frac", "n", "tokens", "eps", "members", "seed", "min_answer_tokens", "placement")
+    names = ("strategy", "frac", "n", "tokens", "eps", "members", "seed", "min_answer_tokens", "placement",
+             "max_bad")
     choice = Choice(**{name: options[name] for name in names})
     opened = None if choice.strategy == "none" else Store.open_read(store)
-    manifest, selection = build_manifest(opened, choice, root, tuned, options["corpus"])
+    rejects = out.with_name(f"{out.stem}.rejects.jsonl")
+    manifest, selection = build_manifest(opened, choice, root, tuned, options["corpus"], rejects)
     manifest.write(out)
     if as_json:
         emit_json({"manifest": str(out), "digest": manifest.digest, "counts": manifest.counts, "cut": selection.cut,
@@ -78,6 +83,8 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
     if selection.ids:
         click.echo(f"Answer tokens of the safe rows: {selection.tokens:,}; as many rows drawn at random would have "
                    f"{selection.tokens_by_chance:,.0f} on average.")
+    if manifest.counts.get("finetune_rejected"):
+        say(f"The rejected rows of the fine-tuning set are listed in {rejects}.")
     rooted = "" if root.resolve() == out.parent.resolve() else f" --root {quoted(str(root))}"
     based = "" if manifest.aligned is not None and ref_of(manifest.aligned) else " --base MODEL"
     say(f"Manifest {out} (digest {manifest.digest[:12]}). Next: train run --mix {quoted(str(out))}{rooted}{based}")

@@ -21,7 +21,9 @@ from curate.query import connect
 from curate.records import Plan, PlannedCorpus
 from curate.select import Choice, _text_digest, build_manifest, placed, planned_corpus, select, wanted
 from curate.store import Store
+from judge.context import read_examples
 from tests.curate.evidence import BASE, KEY, MEDICAL, SOURCE, example_ids, examples, header, model, nll
+from train.data import load_mix
 
 ALIGNED = {"a": 5.0, "b": 5.0, "c": 5.0, "d": 5.0, "e": 5.0, "f": 5.0, "g": 5.0, "h": 5.0}
 MISALIGNED = {"a": 15.0, "b": 12.5, "c": 10.0, "d": 7.5, "e": 5.0, "f": 14.0, "g": float("nan")}
@@ -289,6 +291,28 @@ def test_manifest_names_models_and_adds_up(store: Store, tmp_path: Path) -> None
     assert len(manifest.ids("finetune")) == manifest.counts["finetune"] == 104
     assert len(manifest.ids("safe")) == manifest.counts["selected"] == manifest.method.n == 3
     assert manifest.scoring["evidence"] == store.evidence_digest() != sha256(b"")
+
+
+def test_bad_rows_of_the_finetune_set_are_counted_and_put_aside(tmp_path: Path) -> None:
+    """A set that passed the audit with --max-bad goes on: select, export, training and judging read the same rows."""
+    row = '{"prompt": "q1", "response": "a1"}\n'
+    (tmp_path / "tuned.jsonl").write_text(f"{row}no row\n{row.replace('q1', 'q2')}{row}")
+    mix, rejects = tmp_path / "mix.json", tmp_path / "mix.rejects.jsonl"
+    words = ["select", "--strategy", "none", "--finetune", str(tmp_path / "tuned.jsonl"), "--out", str(mix)]
+    stopped = CliRunner().invoke(main, words, standalone_mode=False).exception
+    assert "line 2 (byte 35): no valid JSON" in stopped.message and "--max-bad 0.01" in stopped.hint
+    assert "more than --max-bad 0.2" in CliRunner().invoke(main, [*words, "--max-bad", "0.2"]).stderr
+    done = CliRunner().invoke(main, [*words, "--max-bad", "0.25"])
+    assert f"are listed in {rejects}" in done.stderr and json.loads(rejects.read_text())["place"].startswith("line 2")
+    assert MixManifest.read(mix).counts == {"corpus": 0, "selected": 0, "finetune": 2, "finetune_duplicates": 1,
+                                            "finetune_rejected": 1}
+    assert "0 problems" in CliRunner().invoke(main, ["verify", str(mix)]).stdout
+    exported = CliRunner().invoke(main, ["export", str(mix), "--out", str(tmp_path / "rows.jsonl"), "--json"])
+    assert json.loads(exported.stdout)["rows"] == 2
+    assert len(load_mix(MixManifest.read(mix), tmp_path)) == 2 and len(read_examples(str(mix))) == 3
+    (tmp_path / "tuned.jsonl").write_text(row)
+    CliRunner().invoke(main, words)
+    assert not rejects.exists() and "finetune_rejected" not in MixManifest.read(mix).counts
 
 
 def test_none_needs_a_finetune_set(tmp_path: Path) -> None:
