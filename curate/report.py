@@ -21,6 +21,7 @@ from curate.core.scores_page import (
 )
 from curate.query import connect
 from curate.select import Choice
+from curate.show import texts
 from curate.store import Store
 
 BARS = 36
@@ -29,15 +30,21 @@ TEXT_CHARS = 4000
 """Longer prompts and answers are cut in the summary itself."""
 
 
-def summarise(path: Path | str, eps: float = 0.1, frac: float = 0.05) -> ScoreSummary:
-    """Return what a store holds; ``frac`` of its rows is the top. Raises ``UserError`` for a damaged store."""
+def summarise(path: Path | str, eps: float = 0.1, frac: float = 0.05,
+              members: Sequence[str] | None = None) -> ScoreSummary:
+    """Return what a store holds under all members or those named; ``frac`` of its rows is the top.
+
+    Raises ``UserError`` for a damaged store or an unknown member.
+    """
     store = Store.open_read(path)
-    connection = connect(store, eps, None)
+    connection = connect(store, eps, members)
     connection.execute("CREATE TEMP TABLE held AS SELECT example_id, min(corpus) AS corpus FROM corpora GROUP BY ALL")
-    connection.execute("CREATE TEMP TABLE ok AS SELECT s.*, h.corpus, e.prompt, e.answer FROM scores s "
-                       "JOIN held h USING (example_id) JOIN examples e USING (example_id) WHERE s.status = 'ok'")
+    connection.execute("CREATE TEMP TABLE scored AS SELECT * FROM scores")  # finding refusals reads every answer: once
+    connection.execute("CREATE TEMP TABLE ok AS SELECT s.*, h.corpus FROM scored s JOIN held h USING (example_id) "
+                       "WHERE s.status = 'ok'")
     models = [ScoreModel(name=m.name, role=m.role, **m.identity.model_dump(exclude={"name", "revision"}),
-                         id=m.identity.id) for m in store.models()]
+                         id=m.identity.id) for m in store.models()
+              if members is None or m.role == "aligned" or m.name in members]
     edges, answers, refusals, beyond = _histogram(connection)
     (n_rows,) = connection.execute("SELECT count(*) FROM held").fetchone()
     header = store.header
@@ -62,7 +69,7 @@ def _sources(connection: duckdb.DuckDBPyConnection) -> list[SourceRows]:
     statuses: dict[str, dict[str, int]] = {}
     refusals: dict[str, int] = {}
     for source, status, n, refused in connection.execute(
-            "SELECT corpus, status, count(*), count(refusal) FROM corpora JOIN scores USING (example_id) "
+            "SELECT corpus, status, count(*), count(refusal) FROM corpora JOIN scored USING (example_id) "
             "GROUP BY ALL ORDER BY ALL").fetchall():
         statuses.setdefault(source, {})[status] = n
         refusals[source] = refusals.get(source, 0) + refused
@@ -121,8 +128,9 @@ def _lengths(connection: duckdb.DuckDBPyConnection) -> list[LengthBin]:
 
 
 def _top(connection: duckdb.DuckDBPyConnection) -> list[ScoredRow]:
-    rows = connection.execute(f"SELECT example_id, corpus, s_d, n_answer_tokens, refusal, prompt, answer FROM ok "
+    rows = connection.execute("SELECT example_id, corpus, s_d, n_answer_tokens, refusal FROM ok "
                               f"ORDER BY s_d DESC, example_id LIMIT {TOP_ROWS}").fetchall()
+    told = texts(connection, [row[0] for row in rows])
     return [ScoredRow(example_id=i, source=source, s_d=s_d, n_answer_tokens=n, refusal=refusal,
-                      prompt=prompt[:TEXT_CHARS], answer=answer[:TEXT_CHARS])
-            for i, source, s_d, n, refusal, prompt, answer in rows]
+                      prompt=told[i]["prompt"][:TEXT_CHARS], answer=told[i]["answer"][:TEXT_CHARS])
+            for i, source, s_d, n, refusal in rows]

@@ -12,8 +12,8 @@ import duckdb
 
 from curate.core.terminal import safe
 
-FIELDS = ("s.example_id, c.corpus, s.s_d, s.nll_aligned, s.nll_misaligned, s.n_answer_tokens, s.refusal, "
-          "e.prompt, e.answer")
+NUMBERS = "s.example_id, c.corpus, s.s_d, s.nll_aligned, s.nll_misaligned, s.n_answer_tokens"
+TEXTS = ("refusal", "prompt", "answer")
 ORDERS = {"top": "s.s_d DESC, s.example_id", "bottom": "s.s_d, s.example_id",
           "near": "abs(s.s_d - $cut), s.example_id", "random": "md5($seed || s.example_id), s.example_id"}
 
@@ -35,16 +35,25 @@ def rows(connection: duckdb.DuckDBPyConnection, which: str, n: int, kept: Kept =
     only = {None: "", True: " AND s.refusal IS NOT NULL", False: " AND s.refusal IS NULL"}[kept.refusals]
     of = "" if kept.key is None else " WHERE key = $key"
     where = (f"FROM scores s JOIN (SELECT example_id, min(corpus) AS corpus FROM corpora{of} GROUP BY example_id) c "
-             f"USING (example_id) JOIN examples e USING (example_id) WHERE s.status = 'ok'{only}")
+             f"USING (example_id) WHERE s.status = 'ok'{only}")
     values: dict[str, Any] = {} if kept.key is None else {"key": kept.key}
     if which == "near":
         values["cut"] = connection.execute(f"SELECT quantile_cont(s.s_d, $top) {where}",
                                            values | {"top": 1 - cut_frac}).fetchone()[0]
     if which == "random":
         values["seed"] = f"{seed}/"
-    found = connection.execute(f"SELECT {FIELDS} {where} ORDER BY {ORDERS[which]} LIMIT {n}", values or None)
+    found = connection.execute(f"SELECT {NUMBERS} {where} ORDER BY {ORDERS[which]} LIMIT {n}", values or None)
     names = [column[0] for column in found.description]
-    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    numbers = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    told = texts(connection, [row["example_id"] for row in numbers])
+    return [row | told[row["example_id"]] for row in numbers]
+
+
+def texts(connection: duckdb.DuckDBPyConnection, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what the view ``examples`` has in ``TEXTS`` of some examples, by id; only theirs are kept in memory."""
+    found = connection.execute(f"SELECT example_id, {', '.join(TEXTS)} FROM examples "
+                               "WHERE example_id IN (SELECT unnest(?::VARCHAR[]))", [list(ids)])
+    return {example_id: dict(zip(TEXTS, row, strict=True)) for example_id, *row in found.fetchall()}
 
 
 def render(shown: Sequence[Mapping[str, Any]], max_lines: int = 6) -> str:

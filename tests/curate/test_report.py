@@ -7,16 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
+import curate.report as report
+import curate.show as show
 from curate.cli import main
 from curate.core.errors import UserError
+from curate.query import connect
+from curate.refusals import refusal_sql
 from curate.report import html_page, summarise
 from curate.store import Store
 from tests.conftest import ROOT
-from tests.curate.evidence import BASE, CHUNKS, MEDICAL, example_ids, examples, fill, header, hold, model, nll
+from tests.curate.evidence import BASE, CHUNKS, MEDICAL, SECURITY, example_ids, examples, fill, header, hold, model, nll
 
 REFUSING = "I am sorry, I cannot do that"
 
@@ -47,6 +52,40 @@ def test_counts_cuts_and_bars(store: Path) -> None:
     assert [row.s_d for row in found.top] == [3.0, 2.0, 1.0, 0.5, 0.5] and found.top[3].refusal == "sorry"
     assert [(b.low, b.high, b.rows) for b in found.lengths] == [(4, 7, 5)]
     assert found.evidence == Store.open_read(store).evidence_digest()
+
+
+def test_members_can_be_left_out(store: Path) -> None:
+    """A second member gives each token of a, b, c, d, e as many nats as the aligned model."""
+    with Store.create_or_open(store, header()) as opened:
+        opened.put_model(model(SECURITY))
+        opened.put_nll(SECURITY.id, nll(SECURITY, dict.fromkeys("abcde", 5.0)))
+
+    def top(*words: str) -> tuple[float, list[str]]:
+        found = CliRunner().invoke(main, ["report", str(store), "--eps", "0", "--json", *words], catch_exceptions=False)
+        body = json.loads(found.stdout)
+        return body["top"][0]["s_d"], [one["name"] for one in body["models"]]
+
+    assert top() == (1.5, ["base", "medical", "security"])
+    assert top("--members", "medical") == (3.0, ["base", "medical"])
+    with pytest.raises(UserError, match="Unknown member 'x'"):
+        summarise(store, members=["x"])
+
+
+def test_texts_are_read_for_the_rows_that_are_shown_only(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100,000 rows of 6 kB, a copy of every text took 1.9 GiB."""
+    scored = connect(Store.open_read(store), 0.0, None)
+    scored.execute(f"CREATE OR REPLACE VIEW examples AS SELECT *, {refusal_sql('answer')} AS refusal FROM (SELECT * "
+                   "REPLACE (CASE WHEN prompt IN ('c', 'b') THEN answer ELSE error('read') END AS answer) "
+                   "FROM read_parquet(getvariable('examples_files')))")
+    assert [row["prompt"] for row in show.rows(scored, "top", 2)] == ["c", "b"]
+    (row,) = show.rows(scored, "near", 1, cut_frac=0.25)
+    assert list(row) == ["example_id", "corpus", "s_d", "nll_aligned", "nll_misaligned", "n_answer_tokens", "refusal",
+                         "prompt", "answer"] and row["prompt"] == "b"
+    opened: list[duckdb.DuckDBPyConnection] = []
+    monkeypatch.setattr(report, "connect", lambda *given: opened.append(connect(*given)) or opened[0])
+    summarise(store)
+    assert opened[0].execute("SELECT count(*) FROM duckdb_columns() JOIN duckdb_tables() USING (table_name) "
+                             "WHERE column_name IN ('prompt', 'answer')").fetchone() == (0,)
 
 
 def test_cuts_are_those_of_select(tmp_path: Path) -> None:
