@@ -20,17 +20,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from curate.core.errors import Exit, UserError, unknown
+from curate.core.files import atomic
 from curate.core.terminal import CONTROL, STOPPED_TOO, columns, safe
 from curate.ledger import Kind
 from curate.parts import SCHEMAS
@@ -45,6 +48,9 @@ ADDRESS_MARGIN_MB = 6144
 START_SECONDS = 30.0
 """How long the child may take to start; its own clock begins after that."""
 CELL_CHARS = 80
+CHILD = (sys.executable, "-P", "-c", "from curate.query import serve; serve()")
+TOLD = (UserError, duckdb.Error, pa.ArrowException, MemoryError, OSError)
+"""What the child passes on as a sentence; after the first rows, pyarrow makes an OSError of any error of DuckDB's."""
 
 
 @dataclass(frozen=True)
@@ -196,23 +202,85 @@ def run_sql(place: Path | str, sql: str, limits: Limits = Limits()) -> SqlResult
     that DuckDB or the rules refuse, and when the query needs more time or memory than ``limits`` allow.
     """
     request = request_for(Store.open_read(place), sql, limits)
-    environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-    environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "ARROW_DEFAULT_MEMORY_POOL": "system"}
     try:
-        child = subprocess.run([sys.executable, "-P", "-c", "from curate.query import serve; serve()"],
-                               input=json.dumps(request).encode(), capture_output=True, env=environment,
+        child = subprocess.run(CHILD, input=json.dumps(request).encode(), capture_output=True, env=_environment(),
                                timeout=limits.seconds + START_SECONDS, check=False)
-        stopped = child.returncode == -signal.SIGALRM
     except subprocess.TimeoutExpired:
-        stopped = True
-    if stopped:
-        raise UserError(f"The query was stopped after {limits.seconds:g} seconds.",
-                        "Make it smaller, or raise --seconds.")
-    if child.returncode != 0:
-        last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"exit status {child.returncode}"
+        raise _stopped(limits) from None
+    _check_ended(child.returncode, child.stderr, limits)
+    return opened(child.stdout)
+
+
+def write_sql(place: Path | str, sql: str, out: Path, limits: Limits = Limits()) -> int:
+    """Write all rows of a query to ``out``, a Parquet file that appears whole or not at all; return how many.
+
+    The child is bound as by ``run_sql`` and writes no file: rows come through a pipe, a few thousand at a time, and
+    this process writes them. Columns of the same name become a, a_1, a_2. Raises ``UserError`` as ``run_sql`` does.
+    """
+    if out.suffix != ".parquet":
+        raise UserError(f"{out} is no known format.", "Possible ending: .parquet.")
+    request = request_for(Store.open_read(place), sql, limits) | {"stream": True}
+    with subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=_environment()) as child:
+        timer = threading.Timer(limits.seconds + START_SECONDS, child.kill)
+        timer.start()
+        try:
+            with child.stdin:
+                child.stdin.write(json.dumps(request).encode())
+            with atomic(out) as handle:
+                return _received(child, handle, limits)
+        finally:
+            timer.cancel()
+            child.kill()
+
+
+def _received(child: subprocess.Popen[bytes], handle: BinaryIO, limits: Limits) -> int:
+    """Write what a child streams as Parquet and return the number of rows; see ``stream`` for what it sends."""
+    head, n_rows = child.stdout.readline(), 0
+    if head:
+        _raise_told(json.loads(head))
+        try:
+            with pa.ipc.open_stream(child.stdout) as reader:
+                schema = pa.schema([f.with_name(n) for f, n in zip(reader.schema, _distinct(reader.schema.names))])
+                with _parquet(handle, schema) as writer:
+                    for batch in reader:
+                        writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
+                        n_rows += batch.num_rows
+        except (pa.ArrowInvalid, EOFError) as err:
+            head = str(err).encode()  # the child died in the middle
+        else:
+            head = child.stdout.readline()
+    said = child.stderr.read()
+    _check_ended(child.wait(), said, limits)
+    _raise_told(json.loads(head))
+    return n_rows
+
+
+def _parquet(handle: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
+    try:
+        return pq.ParquetWriter(handle, schema, compression="zstd", write_page_checksum=True)
+    except pa.ArrowException as err:
+        raise UserError(f"The rows cannot be written as Parquet: {err}.", "Cast the column to VARCHAR.") from None
+
+
+def _environment() -> dict[str, str]:
+    environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+    return environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                          "ARROW_DEFAULT_MEMORY_POOL": "system"}
+
+
+def _stopped(limits: Limits) -> UserError:
+    return UserError(f"The query was stopped after {limits.seconds:g} seconds.", "Make it smaller, or raise --seconds.")
+
+
+def _check_ended(status: int, stderr: bytes, limits: Limits) -> None:
+    """Raise what a child's exit status means."""
+    if status == -signal.SIGALRM:
+        raise _stopped(limits)
+    if status:
+        last = stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"exit status {status}"
         raise UserError(f"The process of the query died: {last}.", "It may have needed more memory than "
                         f"{limits.memory_mb} MiB; make the query smaller.", Exit.ENVIRONMENT)
-    return opened(child.stdout)
 
 
 def request_for(store: Store, sql: str, limits: Limits) -> dict[str, Any]:
@@ -226,9 +294,13 @@ def opened(reply: bytes) -> SqlResult:
     """Read what ``answer`` returned; an error in it is raised as the ``UserError`` that it is."""
     head, _, payload = reply.partition(b"\n")
     said = json.loads(head)
+    _raise_told(said)
+    return SqlResult(pa.ipc.open_stream(payload).read_all(), said["cut"])
+
+
+def _raise_told(said: Mapping[str, Any]) -> None:
     if "error" in said:
         raise UserError(said["error"], said["hint"], Exit(said["exit_code"]))
-    return SqlResult(pa.ipc.open_stream(payload).read_all(), said["cut"])
 
 
 def serve() -> None:
@@ -237,7 +309,7 @@ def serve() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     bind_process(Limits(**request["limits"]))
-    out.write(answer(request))
+    stream(request, out) if request.get("stream") else out.write(answer(request))
     out.flush()
     os._exit(0)
 
@@ -251,12 +323,32 @@ def answer(request: Mapping[str, Any]) -> bytes:
         with pa.ipc.new_stream(payload, table.schema) as writer:
             writer.write_table(table)
         return json.dumps({"cut": cut}).encode() + b"\n" + payload.getvalue().to_pybytes()
-    except UserError as err:
+    except TOLD as err:
+        return _as_line(err, limits)
+
+
+def stream(request: Mapping[str, Any], out: BinaryIO) -> None:
+    """Write an empty JSON object in a line, all rows as an Arrow stream, and another such line; or what went wrong."""
+    limits = Limits(**request["limits"])
+    try:
+        reader = _reader(request, limits)
+        out.write(b"{}\n")
+        with pa.ipc.new_stream(out, reader.schema) as writer:
+            for batch in reader:
+                writer.write_batch(batch)
+        out.write(b"{}\n")
+    except TOLD as err:
+        out.write(_as_line(err, limits))
+
+
+def _as_line(err: Exception, limits: Limits) -> bytes:
+    """Return what went wrong as a line of JSON."""
+    if isinstance(err, UserError):
         said = err
-    except (duckdb.OutOfMemoryException, MemoryError):
+    elif isinstance(err, duckdb.OutOfMemoryException | MemoryError) or str(err).startswith("Out of Memory Error"):
         said = UserError(f"The query needs more than {limits.memory_mb} MiB of memory.",
                          "Make it smaller: fewer columns, a WHERE, an aggregate.", Exit.ENVIRONMENT)
-    except (duckdb.Error, pa.ArrowException) as err:
+    else:
         said = UserError(str(err).partition("\n")[0], _hint(str(err)))
     return json.dumps({"error": said.message, "hint": said.hint, "exit_code": int(said.exit_code)}).encode() + b"\n"
 
@@ -272,6 +364,19 @@ def bind_process(limits: Limits) -> None:
 
 
 def _rows(request: Mapping[str, Any], limits: Limits) -> tuple[pa.Table, bool]:
+    reader = _reader(request, limits)
+    batches, n_rows = [], 0
+    for batch in reader:
+        batches.append(batch)
+        n_rows += batch.num_rows
+        if limits.max_rows is not None and n_rows > limits.max_rows:
+            break
+    table = pa.Table.from_batches(batches, reader.schema)
+    return table.slice(0, limits.max_rows), limits.max_rows is not None and n_rows > limits.max_rows
+
+
+def _reader(request: Mapping[str, Any], limits: Limits) -> pa.RecordBatchReader:
+    """Return the rows of a request in batches, from a connection without rights; ``UserError`` for other SQL."""
     connection = duckdb.connect()
     for kind, schema in SCHEMAS.items():
         connection.register(f"{kind}_parts", _dataset(request["files"][kind], schema))
@@ -283,15 +388,7 @@ def _rows(request: Mapping[str, Any], limits: Limits) -> tuple[pa.Table, bool]:
         given = ", ".join(s.type.name for s in statements) or "nothing"
         raise UserError(f"Only one SELECT or EXPLAIN is allowed, not {given}.",
                         "The store is read-only here; send one query at a time.")
-    reader = connection.sql(statements[0]).to_arrow_reader(8192)
-    batches, n_rows = [], 0
-    for batch in reader:
-        batches.append(batch)
-        n_rows += batch.num_rows
-        if limits.max_rows is not None and n_rows > limits.max_rows:
-            break
-    table = pa.Table.from_batches(batches, reader.schema)
-    return table.slice(0, limits.max_rows), limits.max_rows is not None and n_rows > limits.max_rows
+    return connection.sql(statements[0]).to_arrow_reader(8192)
 
 
 def _dataset(files: Sequence[str], schema: pa.Schema) -> ds.Dataset:

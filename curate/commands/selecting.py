@@ -98,21 +98,35 @@ def select(store: Path | str, finetune: str | None, out: Path, root: Path | None
 @click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True,
               help="How to print the rows.")
 @click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True,
-              help="Rows beyond are left out, and that is said.")
+              help="A table leaves out the rows beyond, and says so; csv and json are never cut: more rows end with "
+              "exit code 2.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.parquet",
+              help="Write all rows to this file, however many, instead of printing them.")
 @click.option("--seconds", type=Number(min=0.1), default=60.0, show_default=True, help="Time limit.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
-def sql(query: str, store: Path | str, style: str, as_json: bool, **options: Any) -> None:
+def sql(query: str, store: Path | str, style: str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Query the evidence: one SELECT over the views examples, corpora, nll, models and scores.
 
     \b
     Example:
       curate sql "SELECT corpus, count(*) n, avg(s_d) FROM scores JOIN corpora USING (example_id) GROUP BY corpus"
       curate sql "SELECT * FROM scores_at(0.5) ORDER BY s_d DESC LIMIT 5"
+      curate sql "SELECT example_id, s_d FROM scores" --out scores.parquet
     """
-    from curate.query import Limits, format_result, run_sql
+    from curate.query import Limits, format_result, run_sql, write_sql
 
+    style = "json" if as_json else style
+    if out:
+        n_rows = write_sql(store, query, out, Limits(**options))
+        if style == "json":
+            emit_json({"out": str(out), "rows": n_rows})
+        say(f"{n_rows:,} rows in {out}")
+        return
     result = run_sql(store, query, Limits(**options))
-    click.echo(format_result(result.table, "json" if as_json else style), nl=False)
+    if result.cut and style != "table":
+        raise UserError(f"The query has more than {options['max_rows']} rows, and {style} is not cut.",
+                        "Raise --max-rows, write all with --out FILE.parquet, or add a LIMIT to the query.")
+    click.echo(format_result(result.table, style), nl=False)
     if result.cut:
         say(f"Only the first {options['max_rows']} rows are shown; --max-rows raises that.")
 
@@ -160,10 +174,12 @@ def show(which: str, store: Path | str, n: int, as_json: bool, **options: Any) -
 @click.option("--html", "html_path", type=click.Path(path_type=Path, dir_okay=False),
               help="Write one self-contained HTML file.")
 @eps_option
+@members_option
 @click.option("--frac", type=Number(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
               help="Where the cut lies: the top share of the scored rows.")
 @json_option
-def report(store: Path | str, html_path: Path | None, eps: float, frac: float, as_json: bool) -> None:
+def report(store: Path | str, html_path: Path | None, eps: float, members: tuple[str, ...] | None, frac: float,
+           as_json: bool) -> None:
     """Look at a corpus and its scores: rows, s_d, the cut, refusals, the top rows, models and digests.
 
     \b
@@ -173,7 +189,7 @@ def report(store: Path | str, html_path: Path | None, eps: float, frac: float, a
     from curate.core.files import write_atomic
     from curate.report import html_page, summarise
 
-    found = summarise(store, eps, frac)
+    found = summarise(store, eps, frac, members)
     if html_path:
         write_atomic(html_path, html_page(found).encode())
         say(f"Written: {html_path}")

@@ -7,9 +7,10 @@ import json
 import os
 import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from curate.core.errors import Exit, UserError
 
@@ -33,16 +34,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` so that after any crash the file is the old one or the new one, never a mixture.
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write that takes its place at ``path`` when the ``with`` block ends well, and is gone otherwise.
 
-    Raises ``UserError`` (environment) when the disk is full or not writable.
+    After any crash ``path`` is the old file or the new one, never a mixture. Raises ``UserError`` (environment) when
+    the disk is full or not writable.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as handle:
-            handle.write(data)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -54,6 +57,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path``; see ``atomic``."""
+    with atomic(path) as handle:
+        handle.write(data)
 
 
 def remove_unfinished(path: Path) -> None:

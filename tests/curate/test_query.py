@@ -13,13 +13,25 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from curate.cli import main
 from curate.core.errors import Exit, UserError
 from curate.core.terminal import STOPPED_TOO
-from curate.query import START_SECONDS, Limits, SqlResult, answer, connect, format_result, opened, request_for, run_sql
+from curate.query import (
+    START_SECONDS,
+    Limits,
+    SqlResult,
+    answer,
+    connect,
+    format_result,
+    opened,
+    request_for,
+    run_sql,
+    write_sql,
+)
 from curate.store import Store
 from tests.curate.evidence import BASE, KEY, MEDICAL, SECURITY, example_ids, examples, fill, header, hold, model, nll
 
@@ -215,6 +227,49 @@ def test_sql_gives_rows_and_says_when_there_are_more(store: Store) -> None:
     assert ask(store, "SELECT count(*) AS n FROM scores").table.to_pylist() == [{"n": 9}]
     one = Limits(eps=0.5, members=("medical",))
     assert ask(store, "SELECT max(s_d) AS m FROM scores", one).table.to_pylist() == [{"m": 0.4}]
+
+
+def test_json_and_csv_are_never_cut(store: Store) -> None:
+    where = ["--store", str(store.path), "--max-rows", "2"]
+    for style in ("json", "csv"):
+        found = CliRunner().invoke(main, ["sql", "VALUES (1), (2), (3)", *where, "--format", style])
+        assert found.exit_code == Exit.USAGE and "more than 2 rows" in found.stderr and "--out" in found.stderr
+        assert style == "csv" or json.loads(found.stdout)["exit_code"] == 2
+        assert CliRunner().invoke(main, ["sql", "VALUES (1), (2)", *where, "--format", style]).exit_code == 0
+    shown = CliRunner().invoke(main, ["sql", "VALUES (1), (2), (3)", *where])
+    assert shown.exit_code == 0 and "first 2 rows" in shown.stderr
+
+
+def test_all_rows_go_to_a_file(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "rows.parquet"
+    query = "SELECT range AS a, s_d, s_d AS a FROM range(20000), scores WHERE scores.status = 'ok' ORDER BY range, s_d"
+    where = ["--store", str(store.path), "--eps", "0.5", "--members", "medical", "--out", str(out), "--json"]
+    found = CliRunner().invoke(main, ["sql", query, *where], catch_exceptions=False)
+    assert json.loads(found.stdout) == {"out": str(out), "rows": 80000}
+    table = pq.read_table(out)
+    assert table.column_names == ["a", "s_d", "a_1"] and table.num_rows == 80000
+    assert table.slice(0, 5).to_pylist()[3:] == [{"a": 0, "s_d": 0.4, "a_1": 0.4}, {"a": 1, "s_d": 0.0, "a_1": 0.0}]
+    assert write_sql(store.path, "SELECT 1 AS n WHERE false", out) == 0 == pq.read_table(out).num_rows
+    assert sorted(p.name for p in out.parent.iterdir()) == ["rows.parquet"]
+
+
+@pytest.mark.parametrize(("sql", "told"), [
+    ("SELECT * FROM read_csv('/etc/passwd')", "file system operations are disabled"),
+    ("COPY (SELECT 1) TO '{}/x.parquet'", "not COPY"), ("SELECT s_dd FROM scores", "not found"),
+    ("SELECT CASE WHEN i < 99999 THEN i ELSE error('late') END FROM range(100000) t(i)", "late"),
+    ("SELECT count(*) FROM range(10000000) a, range(10000000) b", "stopped after 2 seconds"),
+    ("SELECT INTERVAL 1 MONTH AS i", "Parquet")], ids=["read", "copy", "name", "late", "time", "type"])
+def test_a_query_to_a_file_is_as_bound_and_leaves_nothing(store: Store, tmp_path: Path, sql: str, told: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=told):
+        write_sql(store.path, sql.replace("{}", str(tmp_path)), tmp_path / "rows.parquet",
+                  Limits(seconds=2 if "stopped" in told else 60))
+    assert sorted(tmp_path.rglob("*")) == before
+    if told == "late":
+        with pytest.raises(UserError, match="late"):
+            ask(store, sql)
+    with pytest.raises(UserError, match="no known format"):
+        write_sql(store.path, "SELECT 1", tmp_path / "rows.csv")
 
 
 def test_sql_errors_say_what_was_meant(store: Store) -> None:
