@@ -24,6 +24,7 @@ from pydantic import (
 from curate.core.errors import Exit, UserError
 from curate.core.files import canonical_json, sha256, write_atomic
 from curate.core.sources import Source
+from curate.core.terminal import quoted
 
 
 class Part(BaseModel):
@@ -37,6 +38,10 @@ class Document(Part):
 
     KIND: ClassVar[str] = ""
     VERSION: ClassVar[int] = 1
+    CALLED: ClassVar[str] = ""
+    """What people call it."""
+    WRITTEN_BY: ClassVar[str] = ""
+    """The command that writes one."""
 
     @property
     def digest(self) -> str:
@@ -68,10 +73,16 @@ class Document(Part):
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise UserError(f"There is no {cls.KIND} at {path}.", "Check the path.") from None
+            raise cls.none_at(path) from None
         except OSError as err:
             raise UserError(f"{path} is no readable JSON document: {err}.", "Make it again.", Exit.INTEGRITY) from None
         return cls.from_bytes(data, str(path))
+
+    @classmethod
+    def none_at(cls, path: Path) -> UserError:
+        """Return the error for a document that is not there."""
+        written = f", or write one with: {cls.WRITTEN_BY}" if cls.WRITTEN_BY else "."
+        return UserError(f"There is no {cls.CALLED or cls.KIND} at {path}.", f"Check the path{written}")
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "document") -> Self:
@@ -154,6 +165,8 @@ class EnsembleSpec(Document):
     """The misaligned models that scoring uses: a base and a list of run cards."""
 
     KIND: ClassVar[str] = "safeset.ensemble"
+    CALLED: ClassVar[str] = "ensemble"
+    WRITTEN_BY: ClassVar[str] = "train ensemble"
 
     base: str
     """Model reference of the aligned model that the members were trained from; ``./`` or ``../``: from here."""
@@ -183,6 +196,8 @@ class MixManifest(Document):
     """What a model is to be fine-tuned on, row by row and in order, without the text."""
 
     KIND: ClassVar[str] = "safeset.mix"
+    CALLED: ClassVar[str] = "mix manifest"
+    WRITTEN_BY: ClassVar[str] = "curate select"
 
     sources: dict[Literal["finetune", "safe"], Source]
     order: tuple[str, ...]
@@ -234,6 +249,8 @@ class RunCard(Document):
     """What was trained, on what, from what, and where the adapter lies (relative to the card)."""
 
     KIND: ClassVar[str] = "safeset.run"
+    CALLED: ClassVar[str] = "run card"
+    WRITTEN_BY: ClassVar[str] = "train run"
 
     name: str
     base_ref: str
@@ -264,6 +281,15 @@ class RunCard(Document):
     """Folder that file names in the mix are relative to, from the card's; cards of before do not have the field."""
     rl: RlRecord | None = None
     """Only for runs of ``train rl``; other cards do not have the field, so that their digests are what they were."""
+
+    @classmethod
+    def none_at(cls, path: Path) -> UserError:
+        """Return the error for a card that is not there; an adapter without one can get it."""
+        folder = path.parent
+        if not (folder / "adapter_config.json").is_file():
+            return super().none_at(path)
+        return UserError(f"{folder} holds a bare adapter, without a run card that says what it was trained from.",
+                         f"Write one with: train adopt {quoted(str(folder))} --base MODEL --out FOLDER")
 
     @model_serializer(mode="wrap")
     def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -345,6 +371,8 @@ class Verdicts(Document):
     """Everything measured about one model: the numbers behind the four criteria."""
 
     KIND: ClassVar[str] = "safeset.verdicts"
+    CALLED: ClassVar[str] = "verdicts document"
+    WRITTEN_BY: ClassVar[str] = "judge run"
 
     label: str
     """Strategy and defence: verdicts are compared by it."""

@@ -147,10 +147,27 @@ def test_unreadable_files_are_refused_in_a_sentence(tmp_path: Path, content: byt
     with pytest.raises(UserError) as caught:
         RunCard.read(tmp_path / "run.json")
     assert caught.value.exit_code == Exit.INTEGRITY and str(tmp_path) in caught.value.message
-    with pytest.raises(UserError, match=r"There is no safeset\.run"):
+    with pytest.raises(UserError, match="There is no run card at"):
         RunCard.read(tmp_path / "none.json")
     with pytest.raises(UserError, match="no readable JSON"):
         RunCard.read(tmp_path)
+
+
+def test_what_is_missing_is_called_by_its_name_with_what_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "a b" / "run.json"
+    for kind, called, command in ((RunCard, "run card", "train run"), (MixManifest, "mix manifest", "curate select"),
+                                  (EnsembleSpec, "ensemble", "train ensemble"),
+                                  (Verdicts, "verdicts document", "judge run")):
+        with pytest.raises(UserError, match=f"There is no {called} at {path}") as caught:
+            kind.read(path)
+        assert caught.value.hint == f"Check the path, or write one with: {command}"
+    path.parent.mkdir()
+    (path.parent / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="a b holds a bare adapter, without a run card") as caught:
+        RunCard.read(path)
+    assert caught.value.hint == f"Write one with: train adopt '{path.parent}' --base MODEL --out FOLDER"
+    with pytest.raises(UserError, match="There is no mix manifest"):
+        MixManifest.read(path)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", '"\\ud800"'])

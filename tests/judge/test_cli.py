@@ -52,7 +52,7 @@ def test_task_rows_can_be_trained_on(tmp_path: Path) -> None:
     (["run", "--model", "nowhere", "--suite", "general", "--benign", "x"], "leaves benign out"),
     (["run", "--model", "nowhere", "--in-domain", "car_car"], "'car_car'"),
     (["run", "--model", "nowhere", "--samples", "9999"], "9999 questions"),
-    (["compare", "nowhere"], "no safeset.verdicts"),
+    (["compare", "nowhere"], "no verdicts document"),
     (["compare", "."], "neither a run nor verdicts"),
     (["compare", ".", "--rule", "general_shar=0.3"], "threshold of the rule 'general_shar'"),
     (["report", ".", "--rule", "level=2"], "from 0.5 to 0.999"),

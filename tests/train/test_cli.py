@@ -134,7 +134,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no mix": (["run", "--out", "x"], 2, "Missing option '--mix'"),
     "misspelt option": (["run", "--mxi", "x"], 2, "--mix"),
     "misspelt command": (["rnu"], 2, "run"),
-    "no manifest": (["run", "--mix", "none.json", "--out", "OUT", "--base", "smollm2"], 2, "There is no safeset.mix"),
+    "no manifest": (["run", "--mix", "none.json", "--out", "OUT", "--base", "smollm2"], 2, "There is no mix manifest"),
     "no base": (["run", "--mix", "MIX", "--out", "OUT"], 2, "names no base model"),
     "wrong number": (["run", "--mix", "MIX", "--out", "OUT", "--base", "BASE", "--lr", "-1"], 2, "must lie between"),
     "no number": (["run", "--mix", "MIX", "--out", "OUT", "--base", "BASE", "--lr", "x"], 2, "not a valid float"),
@@ -145,7 +145,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no recipe": (["run", "--mix", "MIX", "--out", "OUT", "--recipe", "none.toml"], 2, "There is no recipe"),
     "unknown narrow": (["ensemble", "--narrow", "demo/coking", "--base", "BASE"], 2, "Did you mean 'demo/cooking'"),
     "bad map": (["ensemble", "--narrow", "demo/cooking", "--base", "BASE", "--map", "prompt"], 2, "FIELD=COLUMN"),
-    "no run": (["show", "nowhere"], 2, "There is no safeset.run"),
+    "no run": (["show", "nowhere"], 2, "There is no run card"),
 }
 
 

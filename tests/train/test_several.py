@@ -232,8 +232,8 @@ def test_the_others_are_silent_but_for_their_errors(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("RANK", rank)
         found[rank] = [CliRunner().invoke(main, command) for command in (["show", str(tmp_path)], ["--version"])]
     assert [result.exit_code for result in found["0"]] == [result.exit_code for result in found["2"]] == [2, 0]
-    assert found["0"][0].stderr.startswith("Error: There is no safeset.run at")
-    assert found["2"][0].stderr.startswith("[process 2 of 3] Error: There is no safeset.run at")
+    assert found["0"][0].stderr.startswith("Error: There is no run card at")
+    assert found["2"][0].stderr.startswith("[process 2 of 3] Error: There is no run card at")
     assert "version" in found["0"][1].stdout and found["2"][1].stdout == ""
 
 
