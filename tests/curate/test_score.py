@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from datetime import date
@@ -39,6 +40,7 @@ from curate.score import ensemble_members, score
 from curate.select import Choice, build_manifest, planned_corpus
 from curate.status import status
 from curate.store import Store
+from curate.verify import verify_store
 from tests.curate.runs import tiny_ensemble, tiny_run
 from tests.fakes import CHATML, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
@@ -382,6 +384,21 @@ def test_shards_together_are_the_whole_run_in_any_order(tmp_path: Path, model: P
     assert sum(computed for _, computed in lefts) == 3 * 29
     assert Store.open_read(shared_out).evidence_digest() == whole
     assert build_manifest(Store.open_read(shared_out), Choice(n=7, min_answer_tokens=1), tmp_path)[0].to_bytes() == kept
+
+
+def test_shards_of_folders_that_were_copied_together_are_the_whole_run(tmp_path: Path, model: Path,
+                                                                       ensemble: Path) -> None:
+    score(job(tmp_path, model, ensemble))
+    kept = manifest(tmp_path)
+    for number in (1, 2):
+        score(job(tmp_path, model, ensemble, store=tmp_path / f"s{number}", shard=Shard(number, 2)))
+    for name in ("parts", "ledger", "models"):
+        shutil.copytree(tmp_path / "s2" / name, tmp_path / "s1" / name, dirs_exist_ok=True)
+    assert not verify_store(tmp_path / "s1").problems
+    merged, whole = (Store.open_read(tmp_path / name) for name in ("s1", "scores"))
+    assert merged.evidence_digest() == whole.evidence_digest()
+    assert build_manifest(merged, Choice(n=7, min_answer_tokens=1), tmp_path)[0].to_bytes() == kept
+    assert score(job(tmp_path, model, ensemble, store=tmp_path / "s1")).models == {}
 
 
 def test_every_chunk_is_in_exactly_one_shard() -> None:
