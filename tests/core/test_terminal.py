@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,7 +80,7 @@ main()
 
 
 @pytest.fixture
-def tool(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def tool(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start a small tool, as a script or (``module=True``) with ``python -m``."""
     package = tmp_path / "tool"
     package.mkdir()
@@ -88,12 +88,19 @@ def tool(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     (package / "__main__.py").write_text(TOOL)
     (tmp_path / "tool.py").write_text(TOOL)
     root = Path(__file__).resolve().parents[2]
+    started: list[subprocess.Popen[str]] = []
 
     def start(*args: str, module: bool = False, by: Sequence[str] = ()) -> subprocess.Popen[str]:
         command = ["-m", "tool"] if module else [str(tmp_path / "tool.py")]
-        return subprocess.Popen([*by, sys.executable, *command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
-    return start
+        started.append(subprocess.Popen(
+            [*by, sys.executable, *command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}))
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.kill()
+        child.wait()
 
 
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Interrupted"),
@@ -104,7 +111,7 @@ def test_a_signal_ends_with_its_code_and_the_line_to_go_on_with(tool: Callable[.
     child = tool("wait", "--json", "--name", "two words", module=module)
     assert child.stderr.readline() == "ready\n"
     child.send_signal(number)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=60)
     again = ("python -m tool" if module else "tool.py") + " wait --json --name 'two words'"
     assert child.returncode == code and "Traceback" not in err
     assert word in err and f"Go on with: {again}" in err
@@ -120,10 +127,10 @@ def test_a_signal_during_a_query_is_no_bug(tool: Callable[..., subprocess.Popen[
     assert child.stderr.readline() == "ready\n"
     time.sleep(0.5)
     child.send_signal(number)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=60)
     assert child.returncode == code == json.loads(out)["exit_code"] and "Traceback" not in err
     assert 'Go on with: tool.py ask --json' in err
-    _, err = (told := tool("ask", "SELECT 1", "--told")).communicate(timeout=20)
+    _, err = (told := tool("ask", "SELECT 1", "--told")).communicate(timeout=60)
     assert told.returncode == Exit.BUG and "RuntimeError" in err, "the same text without a signal is a bug"
 
 
@@ -141,7 +148,7 @@ def test_a_query_that_this_machine_cannot_hold_is_no_bug(tool: Callable[..., sub
 
 def test_wrong_sql_of_ours_is_a_bug(tool: Callable[..., subprocess.Popen[str]]) -> None:
     child = tool("ask", "SELECT a")
-    _, err = child.communicate(timeout=20)
+    _, err = child.communicate(timeout=60)
     assert child.returncode == Exit.BUG and "BinderException" in err
 
 
@@ -156,7 +163,7 @@ def test_a_file_that_cannot_be_read_is_a_sentence(tool: Callable[..., subprocess
     path.write_text("x")
     path.chmod(0)
     child = tool("open", str(path), "--json", by=AS_OTHERS)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=60)
     assert child.returncode == Exit.ENVIRONMENT and "Traceback" not in err
     assert json.loads(out) == {"error": f"{path} cannot be read or written: Permission denied.",
                                "hint": terminal.FILE_HINT, "exit_code": 6}
@@ -192,10 +199,10 @@ def test_what_the_terminal_cannot_show_is_escaped(tool: Callable[..., subprocess
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     odd = os.fsdecode(b"st\xe9re")
-    out, err = tool("tell", odd).communicate(timeout=20)
+    out, err = tool("tell", odd).communicate(timeout=60)
     assert err == "" and out == {"utf-8": "st\\udce9re \u2019\n", "latin-1": "st\\udce9re \\u2019\n",
                                  "ascii": "st?re \u2019\n"}[encoding], "click takes ASCII for a mistake"
-    out, err = tool("tell", odd, "--json").communicate(timeout=20)
+    out, err = tool("tell", odd, "--json").communicate(timeout=60)
     assert err == "" and json.loads(out) == {"path": odd, "wide": "\u2019 \U0001f600"}
 
 
