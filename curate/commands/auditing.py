@@ -21,7 +21,8 @@ from curate.options import engine_options, json_option, score_job
 @click.option("-n", "--n", type=click.IntRange(min=0), default=5, show_default=True,
               help="How many of the rows that drive the verdict to show.")
 @click.option("--fail-above", type=Number(0, 1), metavar="FRAC",
-              help="Exit 8 when more than this share of the rows is bad (at 95% confidence) or cannot be judged.")
+              help="Exit 8 when more than this share of the rows is bad (at 95% confidence), is added by copies of "
+                   "rows below a level, or cannot be judged.")
 @click.option("--write-kept", "kept_path", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Write the rows that were judged and lie below no level as JSON Lines, in order, copies included.")
 @click.option("--write-flagged", "flagged_path", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
