@@ -233,7 +233,12 @@ def is_run(ref: str) -> bool:
 
 
 def label_of(card: RunCard) -> str:
-    """Return what a run is compared as: strategy and names of defences, as in ``none +kl``; ``rl none`` after RL."""
+    """Return what a run is compared as: strategy and names of defences, as in ``none +kl``; ``rl none`` after RL.
+
+    Of an adopted adapter (``train adopt``) neither is known: it is compared by its name.
+    """
+    if "adopted" in card.recipe:
+        return card.name
     names = [str(text).partition(":")[0] for text in card.recipe.get("defenses", ())]
     return " ".join([*(["rl"] if card.rl else []), card.method.strategy, *(f"+{name}" for name in names)])
 

@@ -122,6 +122,33 @@ def ensemble(narrow: tuple[str, ...], out: Path, root: Path, mapping: tuple[str,
 
 
 @main.command()
+@click.argument("adapter", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--base", required=True, metavar="MODEL", help="The model that the adapter was trained on.")
+@click.option("--name", help="What to call it in scores and reports. [default: the name of --out]")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="New folder of the run.")
+@json_option
+def adopt(adapter: Path, base: str, name: str | None, out: Path, as_json: bool) -> None:
+    """Make a LoRA adapter that was trained elsewhere a run, for the ensemble or the judge.
+
+    ADAPTER is a folder with adapter_config.json and adapter_model.safetensors, as PEFT, TRL, axolotl and LLaMA-Factory
+    write them; a checkpoint will do. It is copied. Whole models are refused: see docs/training.md.
+
+    \b
+    Example:
+      train adopt outputs/checkpoint-10 --base Qwen/Qwen2.5-7B-Instruct --out runs/medical
+      curate score --corpus wildguardmix --member runs/medical
+    """
+    from train.adopt import adopt as adopted
+
+    card = adopted(adapter, base, name or out.resolve().name, out)
+    if as_json:
+        emit_json({"runs": [{"path": str(out), **_as_json(card)}]})
+        return
+    click.echo(safe(f"{card.name}: {card.model.name} ({card.model.id}), adopted, not trained here"))
+    say(f"Next: curate score --corpus demo --member {out}, or judge run --model {out}")
+
+
+@main.command()
 @rl_options
 @overwrite_option
 @json_option
@@ -323,6 +350,9 @@ def show(path: Path, as_json: bool) -> None:
 
 
 def _facts(card: RunCard) -> list[tuple[str, str]]:
+    if "adopted" in card.recipe:
+        return [("base", f"{card.base_ref} ({card.base.id})"), ("model", f"{card.model.name} ({card.model.id})"),
+                ("training", f"unknown: adopted from {card.recipe['from']}")]
     statuses = ", ".join(f"{name} {n}" for name, n in card.statuses.items())
     method = card.method
     defaults = Recipe(card.base_ref).as_json()
