@@ -20,9 +20,10 @@ def model_options(command: Any) -> Any:
             click.option("--aligned", help="The aligned model: smollm2, a folder or a hub id[@revision]. "
                                            "[default: the ensemble's base]"),
             click.option("--ensemble", type=click.Path(path_type=Path),
-                         help="Ensemble of misaligned members. [default: ensemble/ensemble.json if it exists]"),
+                         help="Ensemble of misaligned members. [default: ensemble/ensemble.json if it exists and no "
+                              "--member is given]"),
             click.option("--member", "members", multiple=True, type=click.Path(path_type=Path),
-                         help="One more member: a run."),
+                         help="A member: a run; beside an --ensemble one more."),
             click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                          show_default=True, help="As for `curate score`; part of what a calibration fixes."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),

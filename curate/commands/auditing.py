@@ -9,7 +9,7 @@ import click
 
 from curate.audit_options import model_options, opened, question, value_options
 from curate.core.errors import Exit, UserError
-from curate.core.terminal import Number, columns, emit_json, say
+from curate.core.terminal import Number, columns, emit_json, quoted, say
 from curate.options import engine_options, json_option, score_job
 
 
@@ -101,7 +101,8 @@ def calibrate(out: Path, as_json: bool, **options: Any) -> None:
     click.echo(columns(rows, ("rate", "level", "worst benign set", "rows", "true rate (95%)")))
     for rate, why in found.missing.items():
         say(f"No level for {rate}: {why}.")
-    say(f"Calibration {out} (digest {found.digest[:12]}). Next: curate audit DATA.jsonl --calibration {out}")
+    say(f"Calibration {out} (digest {found.digest[:12]}). Next: curate audit DATA.jsonl --calibration "
+        f"{quoted(str(out))}")
 
 
 def _write_sifted(corpus: Any, found: Any, kept: Path | None, flagged: Path | None) -> None:

@@ -189,10 +189,10 @@ def _columns(row: Mapping[str, Any], prompt: str, answer: str, system: str | Non
 def _turns(turns: Any, key: str) -> list[Message]:
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise RowError(f"'{key}' is not a list of messages")
-    return [_turn(turn, f"'{key}'[{number}]") for number, turn in enumerate(turns)]
+    return [_turn(turn, f"'{key}'[{number}]", number == len(turns) - 1) for number, turn in enumerate(turns)]
 
 
-def _turn(turn: Any, where: str) -> Message:
+def _turn(turn: Any, where: str, is_last: bool) -> Message:
     if not isinstance(turn, Mapping):
         raise RowError(f"{where} is not an object")
     role = turn.get("role", turn.get("from"))
@@ -203,7 +203,7 @@ def _turn(turn: Any, where: str) -> Message:
     if unread:
         raise RowError(f"{where} has {unread}, which would be left out",
                        "Write it into the content, or take it out of the row")
-    if role == "assistant" and turn.get("weight") not in (None, 1):
+    if role == "assistant" and turn.get("weight") not in (None, 1, *(() if is_last else (0,))):
         raise RowError(f"{where} has the weight {turn['weight']!r}, which would be ignored: of a conversation its last "
                        "answer is scored and learnt, whole, and no other turn",
                        "Take the weights out of the rows that mean that, and the other rows out of the file")

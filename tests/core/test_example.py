@@ -225,3 +225,9 @@ def test_strip_think_removes_only_an_empty_block_at_the_start(answer: str, kept:
     assert from_row(row, strip_think=True) == pair(ASKED, kept)
     assert from_row(row) == pair(f"{ASKED} /no_think", answer)
     assert from_row({"prompt": "/no_think or not?", "response": "x"}, strip_think=True).prompt == "/no_think or not?"
+
+
+def test_a_turn_that_is_not_to_be_learnt_may_stand_before_the_answer() -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *TURNS]
+    weighted = [said[0], {**said[1], "weight": 0}, said[2], {**said[3], "weight": 1}]
+    assert from_row({"messages": weighted}) == from_row({"messages": said})
