@@ -113,7 +113,7 @@ def sql(query: str, store: Path | str, style: str, out: Path | None, as_json: bo
       curate sql "SELECT * FROM scores_at(0.5) ORDER BY s_d DESC LIMIT 5"
       curate sql "SELECT example_id, s_d FROM scores" --out scores.parquet
     """
-    from curate.query import Limits, format_result, run_sql, write_sql
+    from curate.sandbox import Limits, format_result, run_sql, write_sql
 
     style = "json" if as_json else style
     if out:

@@ -20,12 +20,12 @@ from click.testing import CliRunner
 from curate.cli import main
 from curate.core.errors import Exit, UserError
 from curate.core.terminal import STOPPED_TOO
-from curate.query import (
+from curate.query import connect
+from curate.sandbox import (
     START_SECONDS,
     Limits,
     SqlResult,
     answer,
-    connect,
     format_result,
     opened,
     request_for,
@@ -297,7 +297,7 @@ def test_a_query_has_a_memory_limit(store: Store) -> None:
 
 
 def test_the_kernel_ends_a_query_whose_parent_is_gone(tmp_path: Path) -> None:
-    script = ("import sys, duckdb; from curate.query import Limits, bind_process\n"
+    script = ("import sys, duckdb; from curate.sandbox import Limits, bind_process\n"
               "bind_process(Limits(seconds=0.5))\n"
               "try:\n    open(sys.argv[1], 'wb', 0).write(b'x')\n"
               "except OSError as err: print(err.strerror, flush=True)\n"

@@ -12,8 +12,9 @@ import curate.core.objects as objects
 from curate.core.errors import Exit, UserError
 from curate.core.objects import Objects, is_url, read_place
 from curate.corpora import open_corpus
-from curate.query import connect, run_sql
+from curate.query import connect
 from curate.records import corpus_key
+from curate.sandbox import run_sql
 from curate.select import Choice, build_manifest
 from curate.storage import LocalStorage, ObjectStorage, Storage, storage_at
 from curate.store import Store
