@@ -48,6 +48,10 @@ STOPPED_TOO: WeakSet[Any] = WeakSet()
 """Database connections whose queries a signal ends: of its own accord DuckDB finishes what its threads are at first."""
 
 
+_WATCHED: list[int] = []
+"""Where the numbers of signals can be read, once a thread does."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived."""
 
@@ -84,6 +88,7 @@ class Room(click.Group):
         signal.signal(signal.SIGTERM, _terminate)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or someone else's
             signal.signal(signal.SIGINT, interrupt)
+        _watch()
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
             sys.exit(result if isinstance(result, int) else 0)
@@ -169,8 +174,25 @@ def interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _watch() -> None:
+    """Have a thread stop queries: Python's handlers wait until the library that runs comes back to Python."""
+    if _WATCHED or threading.current_thread() is not threading.main_thread():
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _WATCHED.append(reading)
+    threading.Thread(target=_stop_when_told, args=(reading,), daemon=True).start()
+
+
+def _stop_when_told(pipe: int) -> None:
+    while arrived := os.read(pipe, 64):
+        if {signal.SIGINT, signal.SIGTERM} & set(arrived):
+            _stop_queries()
+
+
 def _stop_queries() -> None:
-    for connection in STOPPED_TOO:
+    for connection in list(STOPPED_TOO):
         connection.interrupt()
 
 

@@ -55,6 +55,23 @@ def ask(as_json, query, memory, told):
     say("ready")
     connection.execute(query).fetchall()
 
+@main.command()
+def busy():
+    import duckdb, hashlib, os, threading
+    connection = duckdb.connect()
+    STOPPED_TOO.add(connection)
+    def ask():
+        try:
+            connection.execute("SELECT count(*) FROM range(100000000000) t(i) WHERE sqrt(i)::VARCHAR LIKE '%77%'")
+        except duckdb.InterruptException:
+            os.write(2, b"stopped\\n")
+    asking = threading.Thread(target=ask)
+    asking.start()
+    say("ready")
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)     # in C: no handler of Python's runs before it is done
+    os.write(2, b"back in Python\\n")
+    asking.join()
+
 @main.command("open")
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("path")
@@ -132,6 +149,16 @@ def test_a_signal_during_a_query_is_no_bug(tool: Callable[..., subprocess.Popen[
     assert 'Go on with: tool.py ask --json' in err
     _, err = (told := tool("ask", "SELECT 1", "--told")).communicate(timeout=60)
     assert told.returncode == Exit.BUG and "RuntimeError" in err, "the same text without a signal is a bug"
+
+
+def test_a_query_ends_although_python_cannot_look(tool: Callable[..., subprocess.Popen[str]]) -> None:
+    child = tool("busy")
+    assert child.stderr.readline() == "ready\n"
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    assert child.stderr.readline() == "stopped\n", "the handler alone would come after this"
+    child.communicate(timeout=60)
+    assert child.returncode == Exit.INTERRUPTED
 
 
 @pytest.mark.parametrize(("query", "memory", "told"), [
