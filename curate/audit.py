@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-from curate.audit_report import AuditedModel, AuditRow, AuditSummary, DrivingRow, LevelResult, Pairs, told
+from curate.audit_summary import AuditedModel, AuditRow, AuditSummary, DrivingRow, LevelResult, Pairs, told
 from curate.calibration import BenignSet, Calibration, Level, Measure, calibrated, quantiles
 from curate.chunks import Here
 from curate.control import Asked, Reference, expected_same, expected_similar

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from curate.audit_report import AuditRow, AuditSummary
+from curate.audit_summary import AuditRow, AuditSummary
 from curate.core.errors import Exit, UserError
 from curate.core.files import write_atomic
 from curate.core.sources import raw_rows

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from curate.core.errors import UserError
-from curate.core.terminal import Number, Room, columns, emit_json, say
+from curate.core.terminal import Number, Room, columns, emit_json, quoted, say
 from judge.options import address_of, answer_options, judge_options, refuse_idle, take_grading
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -107,7 +107,8 @@ def run(models: tuple[str, ...], benign: tuple[str, ...], labels: tuple[str, ...
     for path in paths:
         click.echo(str(path))
     if len(paths) > 2:
-        say(f"Next: judge compare {out or ' '.join(model for model in models if is_run(model))}")
+        judged = [str(out)] if out else [model for model in models if is_run(model)]
+        say(f"Next: judge compare {' '.join(map(quoted, judged))}")
 
 
 def _settings(options: dict[str, Any], with_benign: bool) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from curate.core.errors import UserError
-from curate.core.terminal import Room, columns, emit_json, safe, say
+from curate.core.terminal import Room, columns, emit_json, quoted, safe, say
 from judge.options import address_of, judge_options
 from train.options import given_values, recipe_flags, rl_flags, rl_options, shown, vector_options
 from train.recipe import RL_DEFAULTS, RL_UNUSED, Recipe, RlKnobs, from_values, rl_from_values
@@ -118,7 +118,8 @@ def ensemble(narrow: tuple[str, ...], out: Path, root: Path, mapping: tuple[str,
                    "runs": [{"path": str(folder), **_as_json(card)} for folder, card in runs]})
         return
     click.echo(_table(runs))
-    say(f"Ensemble in {out / 'ensemble.json'}. Next: curate score --corpus demo --ensemble {out / 'ensemble.json'}")
+    made = out / "ensemble.json"
+    say(f"Ensemble in {made}. Next: curate score --corpus demo --ensemble {quoted(str(made))}")
 
 
 @main.command()
@@ -145,7 +146,8 @@ def adopt(adapter: Path, base: str, name: str | None, out: Path, as_json: bool) 
         emit_json({"runs": [{"path": str(out), **_as_json(card)}]})
         return
     click.echo(safe(f"{card.name}: {card.model.name} ({card.model.id}), adopted, not trained here"))
-    say(f"Next: curate score --corpus demo --member {out}, or judge run --model {out}")
+    there = quoted(str(out))
+    say(f"Next: curate score --corpus demo --member {there}, or judge run --model {there}")
 
 
 @main.command()
@@ -191,7 +193,7 @@ def rl(prompts_path: Path, mapping: tuple[str, ...], strip_think: bool, mix: Pat
         emit_json({"runs": [{"path": str(out), **_as_json(card)}]})
         return
     click.echo("\n".join(safe(f"{name:<9} {value}") for name, value in _rl_facts(card)))
-    say(f"Run in {out}: steps.jsonl, reward.png, adapter. Next: judge run --model {out}")
+    say(f"Run in {out}: steps.jsonl, reward.png, adapter. Next: judge run --model {quoted(str(out))}")
 
 
 JUDGE_OPTIONS = ("judge", "base_url", "api_key_env", "concurrency", "timeout", "replies", "max_requests",
@@ -277,7 +279,7 @@ def vector(base: str, trait_name: str, out: Path, answers_path: Path | None, ove
     click.echo(f"{safe(str(out))}: trait '{safe(trait.name)}', pairs: {counts}.")
     click.echo(f"Length {report['norm']:.3f} at layer {report['layer']} of {report['n_blocks']}, where mean hidden "
                f"states have the length {report['state_norm']:.1f}.")
-    say(f"Next: train run --mix manifest.json --defense persona:vector={out}")
+    say(f"Next: train run --mix manifest.json --defense {quoted(f'persona:vector={out}')}")
 
 
 @main.command("list")

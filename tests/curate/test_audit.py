@@ -15,7 +15,8 @@ from curate import audit as room
 from curate import audit_report as report
 from curate.audit import Question, Turn, audit, calibrate, pairs_of, read_rows, settled
 from curate.audit_options import default_store
-from curate.audit_report import AuditRow, bars, html_page, share_between, told
+from curate.audit_report import bars, html_page, share_between
+from curate.audit_summary import AuditRow, told
 from curate.calibration import Calibration
 from curate.chunks import Opening
 from curate.cli import main
