@@ -12,8 +12,8 @@
 #   python -m bench.study.scores OUT/scores; python -m bench.study.training docs/study/runs/security     # the tables
 #
 # DATA holds pool/ and narrow/ (public research data, not shipped). The first thousand rows of the pool are scored and
-# chosen from; PARTS="1 2 3" takes three thousands, each apart, PARTS="1 2 3 all" the whole as well. ONLY="none plusplus"
-# trains or judges these conditions.
+# chosen from; PARTS="1 2 3" takes three thousands, each apart, PARTS="1 2 3 all" the whole as well. With DTYPE=bfloat16
+# the pool is scored in that. ONLY="none plusplus" trains or judges these conditions.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(cd "$1" && pwd); OUT=$2; STAGE=$3; DOMAIN=${4:-}
@@ -38,7 +38,7 @@ pool() {
   prepare pools
   local corpora=() part
   for part in $PARTS; do corpora+=(--corpus "pool-$part.jsonl"); done
-  run curate score "${corpora[@]}" --ensemble ensemble/ensemble.json --store scores --dtype float32
+  run curate score "${corpora[@]}" --ensemble ensemble/ensemble.json --store scores --dtype "${DTYPE:-float32}"
 }
 
 # Another seed is another order of the rows and other first values of the adapter.

@@ -177,6 +177,11 @@ def _rejects_file(store: Path | str, label: str) -> Path:
     return (Path() if is_url(store) else Path(store)) / f"rejects-{name}.jsonl"
 
 
+def draw_key(example_id: str, seed: int = 0) -> str:
+    """Return what a sample takes the smallest of: the SHA-256 of ``seed/example_id``, in hexadecimal digits."""
+    return hashlib.sha256(f"{seed}/{example_id}".encode()).hexdigest()
+
+
 def sampled(examples: Iterator[Example], sampling: Sampling) -> Iterator[Example]:
     """Yield the examples to take of those that were read, all or a sample.
 
@@ -186,10 +191,7 @@ def sampled(examples: Iterator[Example], sampling: Sampling) -> Iterator[Example
         yield from examples
         return
 
-    def rank(example: Example) -> str:
-        return hashlib.sha256(f"{sampling.seed}/{example.id}".encode()).hexdigest()
-
-    yield from heapq.nsmallest(sampling.sample, examples, key=rank)
+    yield from heapq.nsmallest(sampling.sample, examples, key=lambda e: draw_key(e.id, sampling.seed))
 
 
 @dataclass(frozen=True)

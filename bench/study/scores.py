@@ -1,9 +1,11 @@
-"""What s_d is made of on the safe pool: sources, refusals, stability, what it tracks (docs/study.md, tables 1 to 5).
+"""What s_d is made of on the safe pool: sources, refusals, stability, what it tracks (docs/study/score-tables.md).
 
-    python -m bench.study.scores OUT/scores
+    python -m bench.study.scores docs/study/scores.parquet > docs/study/score-tables.md
+    python -m bench.study.scores OUT/scores                                # from a store that was just made
     python -m bench.study.scores OUT/scores --beside OUT/scores-seed-1     # the same members, trained with another seed
+    python -m bench.study.scores docs/study/scores.parquet --first 3000    # parts 1 to 3
 
-Everything is computed from the store's evidence; other members or another eps need no rescoring.
+Everything is computed from evidence (``bench/study/evidence.py``); other members or another eps need no rescoring.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from curate.query import connect
-from curate.store import Store
+from bench.study.evidence import ALIGNED, ROWS, evidence
 
 EPS = 0.1
 EPSES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -25,25 +26,9 @@ FRAC = 0.05
 MIN_TOKENS = (1, 4, 8, 16)
 
 
-def evidence(place: Path) -> pl.DataFrame:
-    """Return the rows that every model has a number for: id, source, refusal, tokens, and one mean NLL per model.
-
-    Columns: ``example_id, source, label, refusal (Boolean), n_tokens, aligned`` and one per member, nats per token.
-    """
-    connection = connect(Store.open_read(place), EPS, None)
-    rows = connection.sql("""
-        SELECT s.example_id, json_extract_string(e.meta, '$.source') AS source, s.refusal IS NOT NULL AS refusal,
-               json_extract_string(e.meta, '$.prompt_harm_label') AS label, s.n_answer_tokens AS n_tokens
-        FROM scores s JOIN examples e USING (example_id) WHERE s.status = 'ok'""").pl()
-    means = connection.sql("""SELECT example_id, CASE role WHEN 'aligned' THEN 'aligned' ELSE name END AS model,
-                                     nll_sum / n_tokens AS nll
-                              FROM nll JOIN models USING (model_id) WHERE status = 'ok'""").pl()
-    return rows.join(means.pivot("model", index="example_id", values="nll"), on="example_id").sort("example_id")
-
-
 def members_of(frame: pl.DataFrame) -> list[str]:
     """Return the names of the members in a table of evidence."""
-    return sorted(set(frame.columns) - {"example_id", "source", "label", "refusal", "n_tokens", "aligned"})
+    return sorted(set(frame.columns) - {*ROWS, ALIGNED})
 
 
 def s_d(frame: pl.DataFrame, members: Sequence[str], eps: float = EPS) -> pl.Series:
@@ -157,20 +142,23 @@ def beside(frame: pl.DataFrame, other: pl.DataFrame) -> str:
     return markdown(["members", "rows", "overlap of the 5%", "Spearman of s_d"], rows)
 
 
+def page(frame: pl.DataFrame) -> str:
+    """Return all tables of one ensemble's evidence."""
+    tables = (("By source", by_source), ("Refusals by rank", by_rank), ("Stability", stability), ("Members", agreement),
+              ("What s_d tracks (Spearman)", tracks))
+    return "\n\n".join([f"{frame.height:,} rows, members {', '.join(members_of(frame))}, eps {EPS:g}",
+                        *(f"### {title}\n\n{table(frame)}" for title, table in tables)])
+
+
 def main() -> None:
     """Print all tables of a store, or of two beside each other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", type=Path, help="A store, or a file of evidence.")
+    parser.add_argument("--first", type=int, metavar="N", help="Only the first N rows that a sample would draw.")
     parser.add_argument("--beside", type=Path, metavar="STORE", help="Scores of members with the same names.")
     arguments = parser.parse_args()
-    frame = evidence(arguments.store)
-    if arguments.beside:
-        print(beside(frame, evidence(arguments.beside)))
-        return
-    print(f"{frame.height:,} rows, members {', '.join(members_of(frame))}, eps {EPS:g}\n")
-    for title, table in (("By source", by_source), ("Refusals by rank", by_rank), ("Stability", stability),
-                         ("Members", agreement), ("What s_d tracks (Spearman)", tracks)):
-        print(f"### {title}\n\n{table(frame)}\n")
+    frame = evidence(arguments.store).slice(0, arguments.first)
+    print(beside(frame, evidence(arguments.beside)) if arguments.beside else page(frame))
 
 
 if __name__ == "__main__":
