@@ -137,7 +137,7 @@ def test_scores_and_choices_by_hand() -> None:
     assert best(rows, ["b"]) == {"00", "01"}
     assert best(rows, ["a"], least=10) == {"30", "29"}
     twins = stability(rows.with_columns(b=pl.col("a")))
-    assert "| members: a | 100% | +1.000 |" in twins and "| answers of 16 tokens or more | 0% |" in twins
+    assert "| a alone | 100% | +1.000 |" in twins and "| answers of 16 tokens or more | 0% |" in twins
     hundred = pl.concat([rows.with_columns(example_id=pl.format("{}-{}", pl.lit(k), "example_id")) for k in range(3)])
     assert "| 1% | 100.0% | 1 | 1.00 |" in by_rank(hundred.with_columns(b=pl.col("a")))
 

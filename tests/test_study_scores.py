@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.study.evidence import ROWS, evidence, restore, write
+from bench.study.scores import page
 from curate.corpora import open_corpus
 from curate.job import ScoreJob
 from curate.score import ensemble_members, score
 from curate.select import Choice, build_manifest
 from curate.store import Store
+from tests.conftest import ROOT
 from tests.curate.faults import prepare
+
+STUDY = ROOT / "docs" / "study"
 
 
 def test_a_choice_can_be_made_from_published_numbers_and_the_pool(tmp_path: Path) -> None:
@@ -32,3 +36,14 @@ def test_a_choice_can_be_made_from_published_numbers_and_the_pool(tmp_path: Path
     assert (again.n_rows, again.models, again.left) == (n_rows, {}, 0), "nothing was left to compute"
     assert evidence(tmp_path / "two").equals(found) and Store.audit(tmp_path / "two")[0] == []
     assert chosen(tmp_path / "two") == chosen(tmp_path / "one")
+
+
+def test_the_page_of_tables_is_made_of_the_published_numbers() -> None:
+    assert (STUDY / "score-tables.md").read_text(encoding="utf-8") == page(evidence(STUDY / "scores.parquet")) + "\n"
+
+
+def test_the_study_quotes_its_tables_as_they_are() -> None:
+    said = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    said = said[said.index("## Results: what s_d"):said.index("**Does it depend on")]
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    assert len(rows) > 30 and set(rows) <= set(page(evidence(STUDY / "scores.parquet")).splitlines())

@@ -7,8 +7,9 @@ A file has a row for every example that all models have a number for, in the ord
 the first thousand are part 1 of the pool: its content id, its source and label, whether it refuses, its answer tokens
 and each model's mean NLL. What the store's documents say about models, engine and dtype is in the file's metadata.
 
-A store made of a file knows no rows until it is shown them: ``curate score --corpus POOL --store OUT/scores`` reads the
-corpus and computes nothing, and whoever has the pool can then choose from it without a model, members or hours.
+A store made of a file knows no rows until it is shown them: ``curate score --corpus POOL --store S --dtype D``,
+D as in the file, reads the corpus and computes nothing, and whoever has the pool can then choose from it without a
+model, members or hours.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ from curate.store import Store
 ROWS = ("example_id", "source", "label", "refusal", "n_tokens")
 """Columns about the row itself; all others are mean NLLs, one for each model."""
 ALIGNED = "aligned"
+SOURCES = {"alpaca-eval:claude-3-5-sonnet-20240620": "AlpacaEval, model A",
+           "alpaca-eval:Meta-Llama-3.1-70B-Instruct-Turbo": "AlpacaEval, model B",
+           "gpteacher-roleplay": "GPTeacher role play", "llms-from-scratch": "LLMs-from-scratch",
+           "safety-tuned-llamas": "safety-tuned LLaMAs"}
+"""What the pool calls its sources, to what the study calls them."""
 _HEADER, _MODELS = "safeset.store", "safeset.models"
 
 
@@ -49,7 +55,8 @@ def evidence(place: Path) -> pl.DataFrame:
                               FROM nll JOIN models USING (model_id) WHERE status = 'ok'""").pl()
     table = means.pivot("model", index="example_id", values="nll").drop_nulls()
     models = sorted(set(table.columns) - {"example_id", ALIGNED})
-    found = rows.join(table, on="example_id").select(*ROWS, ALIGNED, *models)
+    found = rows.join(table, on="example_id").select(*ROWS, ALIGNED, *models).with_columns(
+        pl.col("source").replace(SOURCES))
     return found.sort(found["example_id"].map_elements(draw_key, return_dtype=pl.String))
 
 
@@ -91,8 +98,8 @@ def main() -> None:
     if arguments.what == "write":
         print(f"{write(arguments.source, arguments.out).height:,} rows")
     else:
-        print(f"{restore(arguments.source, arguments.out):,} numbers. Next: curate score --corpus POOL --store "
-              f"{arguments.out}")
+        numbers, dtype = restore(arguments.source, arguments.out), Store.open_read(arguments.out).header.dtype
+        print(f"{numbers:,} numbers. Next: curate score --corpus POOL --store {arguments.out} --dtype {dtype}")
 
 
 if __name__ == "__main__":

@@ -95,11 +95,32 @@ def stability(frame: pl.DataFrame) -> str:
         ranks = partial(s_d(frame, subset, eps).to_numpy(), full, [])
         return name, f"{len(whole & best(frame, subset, eps, least)) / len(whole):.0%}", ranks
 
-    rows = [row("members: " + " + ".join(subset), subset, EPS, 1)
+    def called(subset: Sequence[str]) -> str:
+        held_out = " and ".join(name for name in members if name not in subset)
+        return f"{subset[0]} alone" if len(subset) == 1 else f"{' + '.join(subset)} ({held_out} held out)"
+
+    rows = [row(called(subset), subset, EPS, 1)
             for n in range(1, len(members)) for subset in combinations(members, n)]
-    rows += [row(f"eps {eps:g}", members, eps, 1) for eps in EPSES]
+    rows += [row(f"eps {eps:g}", members, eps, 1) for eps in EPSES if eps != EPS]
     rows += [row(f"answers of {n} tokens or more", members, EPS, n) for n in MIN_TOKENS[1:]]
-    return markdown(["instead of all members, eps 0.1", "overlap of the 5%", "Spearman of s_d"], rows)
+    return markdown(["instead of all members, eps 0.1", "overlap of ++'s 5%", "Spearman of s_d"], rows)
+
+
+def selected(frame: pl.DataFrame) -> str:
+    """Return what ++'s 5% are, by least answer length: how long, how likely to the aligned model, and from where."""
+    def row(name: str, rows: pl.DataFrame) -> Sequence[str]:
+        lengths = [int(rows["n_tokens"].quantile(q, "nearest")) for q in (0.25, 0.5, 0.75)]
+        shares = rows["source"].value_counts().sort(["count", "source"], descending=[True, False])
+        return (name, f"{rows.height:,}", " / ".join(map(str, lengths)), f"{rows['n_tokens'].sum():,}",
+                f"{rows['aligned'].median():.2f}",
+                ", ".join(f"{source} {n / rows.height:.0%}" for source, n in shares.iter_rows()))
+
+    def choice(least: int) -> Sequence[str]:
+        rows = frame.filter(pl.col("example_id").is_in(list(best(frame, members_of(frame), least=least))))
+        return row(f"++'s 5%, answers of {least} tokens or more" if least > 1 else "++'s 5%, of any length", rows)
+
+    return markdown(["rows", "how many", "answer tokens, quartiles", "in all", "median aligned NLL", "from"],
+                    [*map(choice, MIN_TOKENS), row("the pool without refusals", frame.filter(~pl.col("refusal")))])
 
 
 def tracks(frame: pl.DataFrame) -> str:
@@ -139,13 +160,13 @@ def beside(frame: pl.DataFrame, other: pl.DataFrame) -> str:
         kept = best(one, subset)
         rows.append((name, f"{one.height:,}", f"{len(kept & best(two, subset)) / len(kept):.0%}",
                      partial(s_d(one, subset).to_numpy(), s_d(two, subset).to_numpy(), [])))
-    return markdown(["members", "rows", "overlap of the 5%", "Spearman of s_d"], rows)
+    return markdown(["members", "rows", "overlap of ++'s 5%", "Spearman of s_d"], rows)
 
 
 def page(frame: pl.DataFrame) -> str:
     """Return all tables of one ensemble's evidence."""
-    tables = (("By source", by_source), ("Refusals by rank", by_rank), ("Stability", stability), ("Members", agreement),
-              ("What s_d tracks (Spearman)", tracks))
+    tables = (("By source", by_source), ("Refusals by rank", by_rank), ("What is chosen", selected),
+              ("Stability", stability), ("Members", agreement), ("What s_d tracks (Spearman)", tracks))
     return "\n\n".join([f"{frame.height:,} rows, members {', '.join(members_of(frame))}, eps {EPS:g}",
                         *(f"### {title}\n\n{table(frame)}" for title, table in tables)])
 
