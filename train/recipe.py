@@ -64,7 +64,7 @@ class Recipe:
     weight_decay: float = _knob(0.01, "AdamW's weight decay.")
     max_grad_norm: float = _knob(1.0, "Gradients are clipped to this norm; 0 does not clip.")
     seed: int = _knob(0, "Decides the adapter's first values and dropout.")
-    dtype: str = _knob("auto", "Format of the base; the adapter is float32. auto: bfloat16 where it is native.")
+    dtype: str = _knob("auto", "Format of the base; the adapter is float32. auto: as in curate score.")
     device: str = _knob("auto", "Where to compute; choose among several GPUs with CUDA_VISIBLE_DEVICES.")
     max_tokens: int = _knob(2048, "Longer rows get the status too_long and are left out; nothing is cut.")
     pack_tokens: int = _knob(256, "Rows are packed into sequences of about this many tokens; on a CPU all into one.")

@@ -43,7 +43,7 @@ def pick_device(device: str = "auto") -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> str:
-    """Resolve ``auto``: bfloat16 where the hardware multiplies it natively, else float32 (docs/benchmarks.md)."""
+    """Resolve ``auto``: bfloat16 on CUDA from Ampere on and CPUs with AMX, else float32 (docs/benchmarks.md)."""
     import torch
 
     if dtype != "auto":
