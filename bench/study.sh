@@ -140,6 +140,7 @@ judge_all() {
     --in-domain "pairs/context-$DOMAIN.jsonl" --samples 24 --max-new-tokens 32 --items 90 --dtype float32
 }
 
+# Runs that are not in OUT keep what was measured about them.
 cards() {
   local name kept=$HERE/docs/study/runs/$DOMAIN
   mkdir -p "$kept"
@@ -151,7 +152,6 @@ cards() {
       *) cp "mixes/$DOMAIN/$name-customer-$DOMAIN.json" "$kept/$name.mix.json" ;;
     esac
   done
-  rm -f "$kept/evidence.csv"
   (cd "$HERE" && python -m bench.study.training "$OLDPWD/runs/$DOMAIN" --evidence "$kept/evidence.csv")
 }
 

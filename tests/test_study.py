@@ -30,6 +30,7 @@ from bench.study.scores import beside, best, by_rank, members_of, partial, s_d, 
 from bench.study.training import (
     KINDS,
     Run,
+    add_evidence,
     by_part,
     by_seed,
     condition,
@@ -41,6 +42,7 @@ from bench.study.training import (
     write_evidence,
 )
 from curate.core.documents import Method, MixManifest, RunCard
+from curate.core.errors import UserError
 from curate.core.example import pair
 from curate.core.sources import file_source, read_source
 from curate.intake import sampled
@@ -232,6 +234,25 @@ def test_evidence_is_what_the_verdicts_say(tmp_path: Path) -> None:
     assert (committed / "evidence.csv").read_text().splitlines()[:3] == [
         "kind,item,base,none", "general,g0,0.25,", "general,g1,-0.5,"]
     assert tables(committed, read(committed)) == tables(judged, runs)
+
+
+def test_evidence_of_a_later_sitting_joins_what_is_kept(tmp_path: Path) -> None:
+    """The base keeps its numbers; a run judged again takes its own place; another base is refused."""
+    def run(name: str, margin: float) -> Run:
+        return Run(name, name, 0, {kind: {"a": margin} if kind == "unseen" else {} for kind in KINDS})
+
+    kept = tmp_path / "evidence.csv"
+    add_evidence([run("none", 0.5), run("base", 1.0)], kept)
+    assert kept.read_text().splitlines() == ["kind,item,base,none", "unseen,a,1,0.5"]
+    add_evidence([run("base", 1.001), run("chosen", 0.7)], kept)
+    assert kept.read_text().splitlines() == ["kind,item,base,chosen,none", "unseen,a,1,0.7,0.5"]
+    add_evidence([run("base", 1.0), run("none", 0.4)], kept)
+    assert kept.read_text().splitlines() == ["kind,item,base,chosen,none", "unseen,a,1,0.7,0.4"]
+    other_pairs = Run("base", "base", None, {kind: {"b": 1.0} if kind == "unseen" else {} for kind in KINDS})
+    for wrong in (run("base", 1.1), other_pairs):
+        with pytest.raises(UserError, match="the base's margins"):
+            add_evidence([wrong, run("late", 0.1)], kept)
+    assert "late" not in kept.read_text()
 
 
 RUNS = sorted(path.parent for path in (PAIRS.parent / "runs").glob("*/evidence.csv"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.study.evidence import ROWS, evidence, restore, write
+import pytest
+
+from bench.study.evidence import ROWS, evidence, main, restore, write
 from bench.study.scores import page
 from curate.corpora import open_corpus
 from curate.job import ScoreJob
@@ -36,6 +38,14 @@ def test_a_choice_can_be_made_from_published_numbers_and_the_pool(tmp_path: Path
     assert (again.n_rows, again.models, again.left) == (n_rows, {}, 0), "nothing was left to compute"
     assert evidence(tmp_path / "two").equals(found) and Store.audit(tmp_path / "two")[0] == []
     assert chosen(tmp_path / "two") == chosen(tmp_path / "one")
+
+
+def test_what_restore_says_to_do_next_names_the_aligned_model(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without an ensemble, `curate score` must be told it."""
+    monkeypatch.setattr("sys.argv", ["evidence", "restore", str(STUDY / "scores.parquet"), str(tmp_path / "scores")])
+    main()
+    assert f"--store {tmp_path / 'scores'} --aligned smollm2 --dtype bfloat16\n" in capsys.readouterr().out
 
 
 def test_the_page_of_tables_is_made_of_the_published_numbers() -> None:

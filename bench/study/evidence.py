@@ -7,9 +7,9 @@ A file has a row for every example that all models have a number for, in the ord
 the first thousand are part 1 of the pool: its content id, its source and label, whether it refuses, its answer tokens
 and each model's mean NLL. What the store's documents say about models, engine and dtype is in the file's metadata.
 
-A store made of a file knows no rows until it is shown them: ``curate score --corpus POOL --store S --dtype D``,
-D as in the file, reads the corpus and computes nothing, and whoever has the pool can then choose from it without a
-model, members or hours.
+A store made of a file knows no rows until it is shown them: ``curate score --corpus POOL --store S --aligned A --dtype
+D``, A and D as in the file, reads the corpus and computes nothing, and whoever has the pool can then choose from it
+without members or hours. The aligned model is opened to see that it is the same; its numbers are the file's as well.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def main() -> None:
     if arguments.what == "write":
         print(f"{write(arguments.source, arguments.out).height:,} rows")
     else:
-        numbers, dtype = restore(arguments.source, arguments.out), Store.open_read(arguments.out).header.dtype
-        print(f"{numbers:,} numbers. Next: curate score --corpus POOL --store {arguments.out} --dtype {dtype}")
+        numbers, header = restore(arguments.source, arguments.out), Store.open_read(arguments.out).header
+        print(f"{numbers:,} numbers. Next: curate score --corpus POOL --store {arguments.out} "
+              f"--aligned {header.aligned.name} --dtype {header.dtype}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from statistics import fmean
 
 from bench.study.scores import markdown
 from curate.core.documents import Method, RunCard, Verdicts
+from curate.core.errors import UserError
 from judge.findings import nll_limit
 from judge.intervals import Estimate, Values, difference, mean
 from judge.jobs import label_of
@@ -35,6 +36,8 @@ AGAINST = ("none", "random-50pc", "random-dose-0")
 """Runs whose conditions all others are compared with: no defence, random rows, random rows at the dose of ++."""
 CHOICE, DRAW = "plusplus-50pc-long", "random-dose-0"
 """Runs, at one dose and seed, that are repeated from every part of the pool."""
+SAME_NATS = 0.005
+"""How far a margin of the base may be from what another processor made of it (0.001 was seen), per token."""
 _PART = re.compile(r"-of-(pool-\w+)$")
 
 
@@ -125,6 +128,29 @@ def write_evidence(runs: Sequence[Run], path: Path) -> None:
         for _, kind, item in items:
             out.writerow([kind, item, *(f"{run.values[kind][item]:.6g}" if item in run.values[kind] else ""
                                         for run in runs)])
+
+
+def add_evidence(judged: Sequence[Run], path: Path) -> None:
+    """Put runs into a file of evidence, beside those that it has or in the place of the same ones.
+
+    The base is judged at every sitting and stays as it is in the file. Raises ``UserError`` where it is not the same
+    now, item for item: what the file has was then measured by another judge, or on other pairs.
+    """
+    known = read_evidence(path) if path.exists() else {}
+    found = {run.name: run.values for run in judged}
+    if known:
+        for kind in MARGINS:
+            old, new = known[BASE][kind], found[BASE][kind]
+            apart = max((abs(old[item] - new[item]) for item in old.keys() & new.keys()), default=0.0)
+            if old.keys() != new.keys() or apart > SAME_NATS:
+                raise UserError(f"{path}: the base's margins ({kind}) are {apart:.4f} nats per token from what this "
+                                f"file has, over {len(old)} pairs there and {len(new)} here.",
+                                "Judge by the version and on the pairs that the file was made with, or write "
+                                "another file.")
+        found[BASE] = known[BASE]
+    both = known | found
+    names = [BASE, *sorted(both.keys() - {BASE})]
+    write_evidence([Run(name, "", None, both[name]) for name in names], path)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -290,12 +316,12 @@ def main() -> None:
     """Print all tables of folders of runs, or write the numbers behind them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--evidence", type=Path, metavar="CSV", help="write the numbers behind the tables, no tables")
+    parser.add_argument("--evidence", type=Path, metavar="CSV", help="put the numbers behind the tables there instead")
     arguments = parser.parse_args()
     if arguments.evidence and len(arguments.runs) > 1:
         parser.error("--evidence takes one folder of runs: the same run names stand in each.")
     if arguments.evidence:
-        write_evidence(read(arguments.runs[0]), arguments.evidence)
+        add_evidence(read(arguments.runs[0]), arguments.evidence)
     else:
         print(page(arguments.runs))
 
