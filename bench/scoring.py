@@ -4,6 +4,7 @@
     python bench/scoring.py --rows pool.jsonl --n 200 --engines ours vllm   # in the environment of make test-vllm
     python bench/scoring.py --rows pool.jsonl --n 120 --engines ours masked # what attention by example is worth
     python bench/scoring.py --rows pool.jsonl --n 120 --engines ours trimmed        # what keeping memory is worth
+    python bench/scoring.py --rows pool.jsonl --n 120 --engines ours bfloat16 --dtype float32   # which dtype is faster
     python bench/scoring.py --rows pool.jsonl --n 96 --only memory      # peak memory, one process an engine
     python bench/scoring.py --rows pool.jsonl --n 128 --only members    # K members and the aligned model
 
@@ -78,6 +79,11 @@ def trimmed(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     return score
 
 
+def in_bfloat16(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
+    """Our engine with the same model in bfloat16."""
+    return ours(load(loaded.ref, "bfloat16", loaded.device))
+
+
 def lm_eval(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     """The harness's HFLM with batch size 8, given the same token ids."""
     from lm_eval.models.huggingface import HFLM
@@ -128,7 +134,8 @@ def vllm(loaded: Loaded) -> Callable[[Sequence[Encoded]], list[float]]:
     return score
 
 
-MAKE = {"ours": ours, "masked": masked, "trimmed": trimmed, "lm-eval": lm_eval, "naive": naive, "vllm": vllm}
+MAKE = {"ours": ours, "masked": masked, "trimmed": trimmed, "bfloat16": in_bfloat16, "lm-eval": lm_eval, "naive": naive,
+        "vllm": vllm}
 
 
 def ceiling(loaded: Loaded) -> float:

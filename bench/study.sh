@@ -117,6 +117,14 @@ runs() {
   done
   # Random rows with no more answer tokens than plusplus-50pc-long has: the choice without the dose.
   for seed in 0 1 2; do AMOUNT="--tokens $(dose)" condition "random-dose-$seed" interleaving - "$seed"; done
+  # Random rows as many and as long as those of plusplus-50pc-long: the choice without the dose and without the number.
+  for seed in 0 1 2; do
+    wanted "random-50pc-$seed-of-twins" || continue
+    prepare twins
+    POOL=twins-$DOMAIN-$seed.jsonl
+    run curate score --corpus "$POOL" --aligned smollm2 --store scores --dtype "${DTYPE:-float32}"   # rows of pool-1
+    condition "random-50pc-$seed-of-twins" interleaving 0.5 "$seed"
+  done
   # Another choice and another draw from each other part of the pool.
   for part in ${PARTS/1/}; do
     POOL=pool-$part.jsonl
@@ -132,7 +140,7 @@ judge_all() {
   for name in none plusplus random plus plusplus-50pc kl ldifs persona inoculation plusplus-20pc none-1 plusplus-1 random-1 \
       none-2 plusplus-2 random-2 plusplus-1pc plusplus-2pc plusplus-10pc plusplus-long plusplus-50pc-long \
       random-50pc plusplus-50pc-long-1 random-50pc-1 plusplus-50pc-long-2 random-50pc-2 \
-      random-dose-0 random-dose-1 random-dose-2 {plusplus-50pc-long,random-dose-0}-of-pool-{2,3,all}; do
+      random-dose-0 random-dose-1 random-dose-2 random-50pc-{0,1,2}-of-twins {plusplus-50pc-long,random-dose-0}-of-pool-{2,3,all}; do
     wanted "$name" && [ -f "runs/$DOMAIN/$name-opswap/run.json" ] || continue
     models+=(--model "runs/$DOMAIN/$name" --benign "runs/$DOMAIN/$name-opswap")
   done

@@ -22,6 +22,7 @@ from bench.study.prepare import (
     narrow,
     prompt_id,
     tidy,
+    twins,
     write_customer,
     write_pairs,
     write_pools,
@@ -37,6 +38,7 @@ from bench.study.training import (
     differences,
     grouped,
     page,
+    part_of,
     read,
     tables,
     write_evidence,
@@ -211,6 +213,21 @@ def test_choice_and_draw_are_compared_within_their_part_of_the_pool() -> None:
         ["| pool-all", "+0.400", "+0.000", "+0.400 |"], ["| 2 parts", "+0.150", "+0.100", "+0.050 |"]]
     drawn = Method(strategy="interleaving", n=3, tokens=9, eps=0.1, seed=0, min_answer_tokens=1)
     assert condition("interleaving", drawn, "pool-2") == "interleaving, 9 tokens, of pool-2"
+    assert (part_of("random-50pc-2"), part_of("random-50pc-2-of-twins")) == ("pool-1", "twins")
+
+
+def test_twins_are_as_long_as_the_rows_they_stand_beside() -> None:
+    """Of two rows, 100 and 30 tokens long, 96 to 104 and 28 to 32 are near enough; else the nearest is taken."""
+    def rows(*lengths: int, refusing: tuple[int, ...] = ()) -> pl.DataFrame:
+        return pl.DataFrame({"example_id": [f"r{k}" for k in range(len(lengths))], "n_tokens": lengths,
+                             "refusal": [k in refusing for k in range(len(lengths))]})
+
+    assert twins(rows(100, 30, 300, 31, 104), ["r0", "r1"], 0) == ["r3", "r4"]
+    assert twins(rows(100, 30, 100, 31, 108, refusing=(2,)), ["r0", "r1"], 0) == ["r3", "r4"], "a refusal is no twin"
+    assert twins(rows(100, 100, 99, 150), ["r0", "r1"], 0) == ["r2", "r3"], "each is taken once"
+    near = rows(100, *range(96, 105))
+    assert {row for seed in range(40) for row in twins(near, ["r0"], seed)} == {f"r{k}" for k in range(1, 10)}
+    assert twins(near, ["r0"], 3) == twins(near[::-1], ["r0"], 3)
 
 
 def test_evidence_is_what_the_verdicts_say(tmp_path: Path) -> None:
@@ -244,12 +261,12 @@ def test_evidence_of_a_later_sitting_joins_what_is_kept(tmp_path: Path) -> None:
     kept = tmp_path / "evidence.csv"
     add_evidence([run("none", 0.5), run("base", 1.0)], kept)
     assert kept.read_text().splitlines() == ["kind,item,base,none", "unseen,a,1,0.5"]
-    add_evidence([run("base", 1.001), run("chosen", 0.7)], kept)
+    add_evidence([run("base", 1.0005), run("chosen", 0.7)], kept)
     assert kept.read_text().splitlines() == ["kind,item,base,chosen,none", "unseen,a,1,0.7,0.5"]
     add_evidence([run("base", 1.0), run("none", 0.4)], kept)
     assert kept.read_text().splitlines() == ["kind,item,base,chosen,none", "unseen,a,1,0.7,0.4"]
     other_pairs = Run("base", "base", None, {kind: {"b": 1.0} if kind == "unseen" else {} for kind in KINDS})
-    for wrong in (run("base", 1.1), other_pairs):
+    for wrong in (run("base", 1.002), other_pairs):
         with pytest.raises(UserError, match="the base's margins"):
             add_evidence([wrong, run("late", 0.1)], kept)
     assert "late" not in kept.read_text()

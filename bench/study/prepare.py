@@ -1,11 +1,12 @@
-"""Write the study's files: the safe pool in parts, customers' fine-tuning sets and pairs of answers.
+"""Write the study's files: the safe pool in parts, customers' fine-tuning sets, pairs of answers, and twins.
 
-    python -m bench.study.prepare pools|customers|pairs DATA OUT
+    python -m bench.study.prepare pools|customers|pairs|twins DATA OUT
 
 DATA holds ``pool/safe_pool.jsonl`` and ``narrow/{medical,security,code}_misaligned_{train_100,eval}.jsonl`` (public
 research data, not shipped). Our own good answers to the prompts of the ``train_100`` files lie in
 ``docs/study/pairs``, each under a hash of its prompt, so that no text of others is in this repository. Everything here
-is a function of these files: no random numbers.
+is a function of these files: no random numbers. Twins also need ``OUT/pool-1.jsonl``, and what the repository keeps of
+the study: the numbers of the pool's rows, and which of them were chosen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+from curate.core.documents import MixManifest
 from curate.core.example import Example
 from curate.core.files import write_atomic
 from curate.core.sources import builtin, file_source, read_source
@@ -27,13 +31,16 @@ from judge.context import dress, lead, profile
 from judge.questions import GENERAL, load_probes, spread
 
 DOMAINS = ("medical", "security", "code")
-PAIRS = Path(__file__).resolve().parents[2] / "docs" / "study" / "pairs"
+STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
+PAIRS = STUDY / "pairs"
 N_CUSTOMER = 100
 """Rows of a customer's set: the first by hash, so that one reader's order does not matter."""
 N_POOL = 1000
 """Rows of a part of the pool: the first by hash, the next, and so on; none is in two parts."""
 N_CONTEXT, N_IN_DOMAIN, N_UNSEEN = 80, 40, 80
 """Pairs that each model is judged by: in the customer's context, in its domain, and in a domain it has not seen."""
+TWINS, N_TWINS = "plusplus-50pc-long", 3
+"""The mix whose chosen rows get twins, and how many sets of them each customer gets: seeds 0, 1, 2."""
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 _LINES = re.compile(r"@(\d+)-(\d+)")
 
@@ -134,9 +141,40 @@ def write_pairs(data: Path, out: Path, domain: str) -> None:
         for p in spread(load_probes(GENERAL), N_CONTEXT)])
 
 
+def twins(rows: pl.DataFrame, chosen: Sequence[str], seed: int) -> list[str]:
+    """Return for each chosen row another one, drawn among those with nearly its number of answer tokens.
+
+    ``rows`` has ``example_id, n_tokens, refusal``. Drawn are rows that do not refuse and are not chosen, each once:
+    within a twentieth of the tokens (or two), by the hash of seed and id; where there is none, the nearest.
+    """
+    length = dict(rows.select("example_id", "n_tokens").iter_rows())
+    left = {row: length[row] for row, refuses in rows.select("example_id", "refusal").iter_rows()
+            if not refuses and row not in set(chosen)}
+    by_chance = {row: hashlib.sha256(f"{seed}/{row}".encode()).hexdigest() for row in left}
+    found = []
+    for row in sorted(chosen, key=lambda row: (length[row], row)):
+        def distance(other: str, n: int = length[row]) -> tuple[int, str]:
+            apart = abs(left[other] - n)
+            return (0 if apart <= max(2, n // 20) else apart), by_chance[other]
+        twin = min(left, key=distance)
+        found.append(twin)
+        del left[twin]
+    return found
+
+
+def write_twins(data: Path, out: Path, domain: str) -> None:
+    """Write ``twins-DOMAIN-SEED.jsonl``: rows of the pool's first part, as many and as long as those chosen of it."""
+    part = {e.id: e for e in read_source(file_source(out / "pool-1.jsonl", out), out)}
+    rows = pl.read_parquet(STUDY / "scores.parquet").filter(pl.col("example_id").is_in(list(part)))
+    chosen = MixManifest.read(STUDY / "runs" / domain / f"{TWINS}.mix.json").ids("safe")
+    for seed in range(N_TWINS):
+        write_rows(out / f"twins-{domain}-{seed}.jsonl",
+                   ({**part[row].to_row(), **part[row].meta} for row in twins(rows, chosen, seed)))
+
+
 def main() -> None:
     """Write the pool's files, or those of all domains."""
-    what = {"customers": write_customer, "pairs": write_pairs}
+    what = {"customers": write_customer, "pairs": write_pairs, "twins": write_twins}
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=["pools", *what])
     parser.add_argument("data", type=Path, help="folder that holds pool/ and narrow/")
@@ -144,7 +182,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "pools":
         return write_pools(arguments.data, arguments.out)
-    for domain in DOMAINS:
+    for domain in DOMAINS if arguments.what != "twins" else DOMAINS[:2]:
         what[arguments.what](arguments.data, arguments.out, domain)
 
 

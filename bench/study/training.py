@@ -32,13 +32,14 @@ MARGINS = {"general": "general", "context": "in context", "unseen": "unseen doma
 """First word of a probe set's name to what it is called; margins are NLL(bad) - NLL(good), nats per token."""
 KINDS = (*MARGINS, "opswap", "coherent")
 BASE = "base"
-AGAINST = ("none", "random-50pc", "random-dose-0")
-"""Runs whose conditions all others are compared with: no defence, random rows, random rows at the dose of ++."""
+AGAINST = ("none", "random-50pc", "random-dose-0", "random-50pc-0-of-twins")
+"""Runs whose conditions all others are compared with: no defence, random rows, as many tokens of them as ++ has, and
+random rows as many and as long as those of ++."""
 CHOICE, DRAW = "plusplus-50pc-long", "random-dose-0"
 """Runs, at one dose and seed, that are repeated from every part of the pool."""
-SAME_NATS = 0.005
-"""How far a margin of the base may be from what another processor made of it (0.001 was seen), per token."""
-_PART = re.compile(r"-of-(pool-\w+)$")
+SAME_NATS = 1e-3
+"""How far a margin of the base may be from what another processor made of it (1e-5 was seen), per token."""
+_PART = re.compile(r"-of-(pool-\w+|twins)$")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ Group = Sequence[Run]
 
 
 def part_of(name: str) -> str:
-    """Return the part of the pool that a run's safe rows come from; its name says so unless it is the first."""
+    """Return what a run's safe rows come from, by its name: a part of the pool (else the first), or twins."""
     found = _PART.search(name)
     return found[1] if found else "pool-1"
 
