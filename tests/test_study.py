@@ -30,6 +30,7 @@ from bench.study.prepare import (
 from bench.study.scores import beside, best, by_rank, members_of, partial, s_d, stability
 from bench.study.training import (
     KINDS,
+    MARGINS,
     Run,
     add_evidence,
     by_part,
@@ -278,6 +279,20 @@ RUNS = sorted(path.parent for path in (PAIRS.parent / "runs").glob("*/evidence.c
 def test_the_page_of_tables_is_made_of_the_committed_evidence() -> None:
     assert {"medical", "security"} == {folder.name for folder in RUNS}
     assert (PAIRS.parent / "training-tables.md").read_text(encoding="utf-8") == page(RUNS) + "\n"
+
+
+def test_a_later_sitting_makes_the_same_of_the_same_run() -> None:
+    """What the study says of no defence made again, and of what was chosen by other scores."""
+    study = PAIRS.parent
+    first, again = ({run.name: run for run in read(study / place / "medical")} for place in ("runs", "again"))
+    for kind in MARGINS:
+        old, new = first["none"].values[kind], again["none"].values[kind]
+        assert old.keys() == new.keys() and max(abs(old[item] - new[item]) for item in old) < 2e-4
+    assert first["none"].values["opswap"] == again["none"].values["opswap"]
+    assert sum(first["none"].values["coherent"].values()) - sum(again["none"].values["coherent"].values()) == 1
+    chosen = [set(MixManifest.read(study / "runs" / customer / "plusplus-50pc.mix.json").ids("safe"))
+              for customer in ("security-first", "security")]
+    assert len(chosen[0] & chosen[1]) == 48
 
 
 def test_the_study_quotes_its_tables_as_they_are() -> None:

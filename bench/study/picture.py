@@ -88,17 +88,22 @@ def draw(axes: Axes, points: Sequence[Point], intervals: bool) -> None:
 
 
 def write_names(axes: Axes, points: Sequence[Point], slope: float) -> None:
-    """Write the points' names beside the line of a ``slope`` and away from it, none over another."""
+    """Write the points' names beside the line of a ``slope`` and away from it, none over another.
+
+    Choices and draws from other parts of the pool have none: they are repeats.
+    """
     low, high = axes.get_ylim()
     pad = 0.03 * (axes.get_xlim()[1] - axes.get_xlim()[0])
     for below in (True, False):
-        side = [point for point in points if (point.y.value < slope * point.x) == below]
+        side = [point for point in points
+                if (point.y.value < slope * point.x) == below and "of pool-" not in point.name]
         for group in stacked(sorted(side, key=lambda p: -p.y.value), 0.045 * (high - low)):
             x = max(p.x for p, _ in group) + pad if below else min(p.x for p, _ in group) - pad
             for point, y in group:
                 axes.annotate(point.name, (point.x, point.y.value), (x, y), fontsize=7, color=LOOKS[point.look][0],
                               ha="left" if below else "right", va="center",
-                              arrowprops={"arrowstyle": "-", "color": LOOKS[point.look][0], "linewidth": 0.4})
+                              arrowprops={"arrowstyle": "-", "color": LOOKS[point.look][0], "linewidth": 0.4,
+                                          "relpos": (0 if below else 1, 0.5)})
 
 
 def stacked(points: Sequence[Point], gap: float) -> list[list[tuple[Point, float]]]:
