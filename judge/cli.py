@@ -73,7 +73,8 @@ def main() -> None:
               help="Answers sampled at once; no result depends on it.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampled answers.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-              show_default=True, help="auto: bfloat16 on CUDA from Ampere on and CPUs with AMX, else float32.")
+              show_default=True,
+              help="auto: bfloat16 on GPUs from Ampere on and CPUs with AMX or AVX512_BF16, else float32.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @answer_options
 @judge_options

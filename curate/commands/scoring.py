@@ -25,7 +25,8 @@ from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_j
               help="A member: a run. Several are allowed, with --ensemble on top of its members.")
 @store_option
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-              show_default=True, help="auto: bfloat16 on CUDA from Ampere on and CPUs with AMX, else float32.")
+              show_default=True,
+              help="auto: bfloat16 on GPUs from Ampere on and CPUs with AMX or AVX512_BF16, else float32.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--max-tokens", type=click.IntRange(min=8), default=4096, show_default=True,
               help="Longer examples get the status too_long; nothing is cut.")

@@ -43,17 +43,21 @@ def pick_device(device: str = "auto") -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> str:
-    """Resolve ``auto``: bfloat16 on CUDA from Ampere on and CPUs with AMX, else float32 (docs/benchmarks.md)."""
+    """Resolve ``auto``: bfloat16 where the hardware multiplies it (docs/benchmarks.md), else float32.
+
+    That is CUDA from Ampere on, and CPUs with AMX or AVX512_BF16.
+    """
     import torch
 
     if dtype != "auto":
         return dtype
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") \
-        else torch.cpu._is_amx_tile_supported()
+        else _multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 
 def _multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions for products of bfloat16."""
     import torch
 
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -85,9 +85,15 @@ def _fastest(settings: EngineSettings, device: str) -> tuple[str, str]:
 
 
 def engine_dtype(settings: EngineSettings, dtype: str, device: str) -> str:
-    """Return the dtype that a store records: a server's is what the user says it is, or ``SERVED``."""
+    """Return the dtype that a store records: a server's is what the user says it is, or ``SERVED``.
+
+    On a CPU vLLM merges members into the base, where bfloat16 would round part of a small adapter away: ``auto`` is
+    float32 there.
+    """
     if settings.name == "server":
         return SERVED if dtype == "auto" else dtype
+    if settings.name == "vllm" and dtype == "auto" and pick_device(device) == "cpu":
+        return "float32"
     return pick_dtype(dtype, pick_device(device))
 
 

@@ -59,8 +59,9 @@ def test_devices_and_formats(monkeypatch: pytest.MonkeyPatch) -> None:
         load("anything", device="cuda")
     assert caught.value.exit_code == Exit.ENVIRONMENT and "--device cpu" in caught.value.hint
     assert (pick_device(), pick_device("cpu"), pick_dtype("float16", "cpu")) == ("cpu", "cpu", "float16")
-    for native, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
+    for amx, avx, dtype in ((True, True, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
         assert pick_dtype("auto", "cpu") == dtype
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device() == pick_device("cuda") == "cuda"

@@ -482,6 +482,15 @@ def test_a_servers_dtype_is_what_the_user_says(model: Path) -> None:
     assert engine_dtype(EngineSettings("transformers"), "float16", "cpu") == "float16"
 
 
+def test_vllm_merges_members_in_float32_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx in (True, False):
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+        assert engine_dtype(EngineSettings("vllm"), "auto", "cpu") == "float32"
+        assert engine_dtype(EngineSettings("transformers"), "auto", "cpu") == ("bfloat16" if amx else "float32")
+    assert engine_dtype(EngineSettings("vllm"), "bfloat16", "cpu") == "bfloat16"
+
+
 def test_evidence_needs_one_log_probability_for_every_token() -> None:
     item = Encoded((9, 8, 7, 6, 5), 2, 4)
     good = evidence(item, [-0.25, -1.5, -2.0])
