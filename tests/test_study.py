@@ -26,6 +26,7 @@ from bench.study.prepare import (
     write_customer,
     write_pairs,
     write_pools,
+    write_twins,
 )
 from bench.study.scores import beside, best, by_rank, members_of, partial, s_d, stability
 from bench.study.training import (
@@ -229,6 +230,16 @@ def test_twins_are_as_long_as_the_rows_they_stand_beside() -> None:
     near = rows(100, *range(96, 105))
     assert {row for seed in range(40) for row in twins(near, ["r0"], seed)} == {f"r{k}" for k in range(1, 10)}
     assert twins(near, ["r0"], 3) == twins(near[::-1], ["r0"], 3)
+
+
+def test_the_twins_of_the_study_can_be_drawn_again(shared: Path, tmp_path: Path) -> None:
+    write_pools(shared, tmp_path)
+    for domain in ("medical", "security"):
+        write_twins(shared, tmp_path, domain)
+        for seed in range(3):
+            rows = read_source(file_source(tmp_path / f"twins-{domain}-{seed}.jsonl", tmp_path), tmp_path)
+            mix = PAIRS.parent / "runs" / domain / f"random-50pc-{seed}-of-twins.mix.json"
+            assert {e.id for e in rows} == set(MixManifest.read(mix).ids("safe")), "nothing was left out of the mix"
 
 
 def test_evidence_is_what_the_verdicts_say(tmp_path: Path) -> None:
