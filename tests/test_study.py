@@ -13,6 +13,7 @@ import pytest
 
 from bench.study.picture import Point, dose_points, picture, stacked, trade_points
 from bench.study.prepare import (
+    CUSTOMERS,
     DOMAINS,
     N_CUSTOMER,
     PAIRS,
@@ -234,7 +235,7 @@ def test_twins_are_as_long_as_the_rows_they_stand_beside() -> None:
 
 def test_the_twins_of_the_study_can_be_drawn_again(shared: Path, tmp_path: Path) -> None:
     write_pools(shared, tmp_path)
-    for domain in ("medical", "security"):
+    for domain in CUSTOMERS:
         write_twins(shared, tmp_path, domain)
         for seed in range(3):
             rows = read_source(file_source(tmp_path / f"twins-{domain}-{seed}.jsonl", tmp_path), tmp_path)
@@ -288,7 +289,7 @@ RUNS = sorted(path.parent for path in (PAIRS.parent / "runs").glob("*/evidence.c
 
 
 def test_the_page_of_tables_is_made_of_the_committed_evidence() -> None:
-    assert {"medical", "security"} == {folder.name for folder in RUNS}
+    assert set(CUSTOMERS) == {folder.name for folder in RUNS}
     assert (PAIRS.parent / "training-tables.md").read_text(encoding="utf-8") == page(RUNS) + "\n"
 
 

@@ -31,6 +31,8 @@ from judge.context import dress, lead, profile
 from judge.questions import GENERAL, load_probes, spread
 
 DOMAINS = ("medical", "security", "code")
+CUSTOMERS = ("medical", "security")
+"""Domains whose runs are in the study."""
 STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
 PAIRS = STUDY / "pairs"
 N_CUSTOMER = 100
@@ -182,7 +184,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "pools":
         return write_pools(arguments.data, arguments.out)
-    for domain in DOMAINS if arguments.what != "twins" else DOMAINS[:2]:
+    for domain in CUSTOMERS if arguments.what == "twins" else DOMAINS:
         what[arguments.what](arguments.data, arguments.out, domain)
 
 
