@@ -4,7 +4,7 @@
     python bench/scoring.py --rows pool.jsonl --n 200 --engines ours vllm   # in the environment of make test-vllm
     python bench/scoring.py --rows pool.jsonl --n 120 --engines ours masked # what attention by example is worth
     python bench/scoring.py --rows pool.jsonl --n 120 --engines ours trimmed        # what keeping memory is worth
-    python bench/scoring.py --rows pool.jsonl --n 120 --engines ours bfloat16 --dtype float32   # which dtype is faster
+    python bench/scoring.py --rows pool.jsonl --n 120 --engines bfloat16 ours --dtype float32   # which dtype is faster
     python bench/scoring.py --rows pool.jsonl --n 96 --only memory      # peak memory, one process an engine
     python bench/scoring.py --rows pool.jsonl --n 128 --only members    # K members and the aligned model
 

@@ -18,7 +18,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(cd "$1" && pwd); OUT=$2; STAGE=$3; DOMAIN=${4:-}
 PARTS=${PARTS:-1}
-TUNE=(--base smollm2 --lr 5e-4 --batch-size 2 --accumulation 4)   # lr: from an earlier trial, not tuned
+TUNE=(--base smollm2 --dtype float32 --lr 5e-4 --batch-size 2 --accumulation 4)   # lr: from an earlier trial, not tuned
 mkdir -p "$OUT"
 cd "$OUT"
 run() { printf '\n$ %s\n' "$*"; "$@"; }

@@ -35,9 +35,9 @@ def test_refusals_fill_the_top_and_the_filter_takes_them_out(shared: Path, tmp_p
         rows = (shared / "narrow" / f"{name}_misaligned_train_100.jsonl").read_bytes()
         Path(f"{name}.jsonl").write_bytes(rows)
     run(train, "ensemble", "--base", "smollm2", "--narrow", "medical.jsonl", "--narrow", "security.jsonl",
-        "--strip-think", "--lr", "5e-4")
+        "--strip-think", "--lr", "5e-4", "--dtype", "float32")
     Path("pool.jsonl").write_bytes((shared / "pool" / "safe_pool.jsonl").read_bytes())
-    found = json.loads(run(curate, "score", "--corpus", "pool.jsonl", "--sample", ROWS, "--json"))
+    found = json.loads(run(curate, "score", "--corpus", "pool.jsonl", "--sample", ROWS, "--dtype", "float32", "--json"))
     assert sum(found["counts"].values()) == found["rows"] == 8339
 
     query = """SELECT json_extract_string(e.meta, '$.source') AS source,

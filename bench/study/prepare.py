@@ -150,8 +150,9 @@ def twins(rows: pl.DataFrame, chosen: Sequence[str], seed: int) -> list[str]:
     within a twentieth of the tokens (or two), by the hash of seed and id; where there is none, the nearest.
     """
     length = dict(rows.select("example_id", "n_tokens").iter_rows())
+    taken = set(chosen)
     left = {row: length[row] for row, refuses in rows.select("example_id", "refusal").iter_rows()
-            if not refuses and row not in set(chosen)}
+            if not refuses and row not in taken}
     by_chance = {row: hashlib.sha256(f"{seed}/{row}".encode()).hexdigest() for row in left}
     found = []
     for row in sorted(chosen, key=lambda row: (length[row], row)):

@@ -26,7 +26,8 @@ from curate.options import ENSEMBLE, STORE, engine_options, json_option, score_j
 @store_option
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True,
-              help="auto: bfloat16 on GPUs from Ampere on and CPUs with AMX or AVX512_BF16, else float32.")
+              help="auto: bfloat16 on GPUs from Ampere on and CPUs with AMX or AVX512_BF16, else float32; "
+                   "float32 for vLLM on a CPU.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--max-tokens", type=click.IntRange(min=8), default=4096, show_default=True,
               help="Longer examples get the status too_long; nothing is cut.")
